@@ -1,0 +1,84 @@
+"""Composable training steps for PyTorch: keep your own loop.
+
+Write a step function, compose features onto it, and drive it from plain Python:
+`for state in run(step, state, loader): ...`. Read `state` and `step` first.
+"""
+
+from loguru import logger
+
+from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.decorators.accumulate import with_grad_accum
+from loopkit.decorators.amp import with_amp
+from loopkit.decorators.anomaly import with_anomaly_detection
+from loopkit.decorators.clip import with_clip, with_clip_value
+from loopkit.decorators.closure import with_closure
+from loopkit.decorators.ema import ema_weights, with_ema
+from loopkit.decorators.nonfinite import with_nonfinite
+from loopkit.decorators.schedule import with_schedule
+from loopkit.device import device, prefetch, to_device
+from loopkit.errors import (
+    CompositionError,
+    DataError,
+    LoopkitError,
+    NonFiniteError,
+    OutputError,
+    UsageError,
+)
+from loopkit.evaluate import evaluate
+from loopkit.predict import predict
+from loopkit.run import Run, run
+from loopkit.seed import seed_everything
+from loopkit.state import TrainState
+from loopkit.step import Step
+from loopkit.types import Apply, Around, Backward, Forward, GradientsOf, Split, Transform, Verdict
+from loopkit.window import Window, windows
+
+__version__ = "0.1.0"
+
+logger.disable("loopkit")
+
+__all__ = [
+    "Apply",
+    "Around",
+    "Backward",
+    "CompositionError",
+    "DataError",
+    "Decorator",
+    "Forward",
+    "GradientsOf",
+    "LoopkitError",
+    "NonFiniteError",
+    "OutputError",
+    "Run",
+    "Split",
+    "Step",
+    "TrainState",
+    "Transform",
+    "UsageError",
+    "Verdict",
+    "Window",
+    "compose",
+    "device",
+    "ema_weights",
+    "eval_step",
+    "evaluate",
+    "explain",
+    "own",
+    "predict",
+    "prefetch",
+    "run",
+    "seed_everything",
+    "to_device",
+    "train_step",
+    "windows",
+    "with_amp",
+    "with_anomaly_detection",
+    "with_clip",
+    "with_clip_value",
+    "with_closure",
+    "with_ema",
+    "with_grad_accum",
+    "with_nonfinite",
+    "with_schedule",
+    "wrap",
+]

@@ -1,0 +1,108 @@
+"""Automatic mixed precision."""
+
+import functools
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from loopkit.check import one_of, positive
+from loopkit.compose import Decorator, wrap
+from loopkit.state import TrainState
+from loopkit.types import Backward, Forward, Output, Transform
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+KEPT_AS = "amp"
+
+
+@attrs.frozen
+class Autocast:
+    """Forward in lower precision."""
+
+    inner: Forward
+    dtype: torch.dtype
+
+    def __call__(self, state: TrainState, batch: Any) -> Output:
+        """Run the step function under autocast."""
+        with torch.autocast(state.device.type, self.dtype):
+            return self.inner(state, batch)
+
+
+@attrs.frozen
+class ScaleLoss:
+    """Backward of the scaled loss, so that small gradients do not underflow."""
+
+    inner: Backward
+
+    def __call__(self, state: TrainState, loss: Tensor) -> None:
+        """Scale, then go on."""
+        self.inner(state, state.features[KEPT_AS].scale(loss))
+
+
+@attrs.frozen
+class UnscaleGradients:
+    """The scale leaves the gradients; where one overflowed, a vote to skip."""
+
+    inner: Transform
+
+    def __call__(self, state: TrainState) -> None:
+        """Unscale, vote, then go on."""
+        scaler, optimizer = state.features[KEPT_AS], state.optimizer
+        scaler._per_optimizer_states.clear()  # of an update that an exception cut short
+        scaler.unscale_(optimizer)
+        for overflowed in scaler._found_inf_per_device(optimizer).values():
+            state.skip_if(overflowed)
+        self.inner(state)
+
+
+@attrs.frozen
+class UpdateScale:
+    """The scale falls after an overflow and grows after a long time without."""
+
+    inner: Transform
+
+    def __call__(self, state: TrainState) -> None:
+        """Update the scale, then go on."""
+        state.features[KEPT_AS].update()
+        self.inner(state)
+
+
+def _make_scaler(state: TrainState, init_scale: float) -> GradScaler:
+    return GradScaler(state.device.type, init_scale=init_scale)
+
+
+def with_amp(dtype: str, *, init_scale: float = 2.0**16) -> Decorator:
+    """Run the forward under autocast; with fp16 scale the loss as well.
+
+    fp16: `backward(loss * scale)`, then gradients / scale before anything reads them
+    (clipping included). Where a gradient overflowed the update is skipped, neither
+    schedule nor averages advance, and the scale is halved. bf16 needs none of that.
+
+    Args:
+        dtype: `"bf16"` or `"fp16"`.
+        init_scale: First loss scale, for fp16.
+
+    Raises:
+        UsageError: For another dtype, or a scale that is not above 0.
+
+    Example:
+        >>> with_amp("bf16")
+        with_amp('bf16')
+
+    Source: https://docs.pytorch.org/docs/stable/amp.html, https://arxiv.org/abs/1710.03740
+    """
+    name = f"with_amp({dtype!r})"
+    autocast = functools.partial(Autocast, dtype=DTYPES[one_of(name, "dtype", dtype, (*DTYPES,))])
+    if dtype == "bf16":
+        return wrap(name=name, forward=autocast)
+    scale = positive(name, "init_scale", init_scale)
+    return wrap(
+        name=name,
+        init={KEPT_AS: functools.partial(_make_scaler, init_scale=scale)},
+        forward=autocast,
+        backward=ScaleLoss,
+        unscale=UnscaleGradients,
+        after=UpdateScale,
+    )

@@ -1,0 +1,113 @@
+"""Exponential moving averages of the weights."""
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loopkit.check import fraction
+from loopkit.compose import Decorator, wrap
+from loopkit.errors import UsageError
+from loopkit.state import TrainState
+from loopkit.types import Transform
+
+
+@attrs.frozen(eq=False)
+class Averages:
+    """The averaged weights, by parameter name."""
+
+    weights: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights."""
+        return dict(self.weights)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the weights back, in place."""
+        for name, weight in self.weights.items():
+            weight.copy_(state_dict[name])
+
+
+@attrs.frozen
+class UpdateAverages:
+    """The layer of `with_ema`."""
+
+    inner: Transform
+    decay: float
+    name: str
+
+    def __call__(self, state: TrainState) -> None:
+        """Move the averages towards the weights, unless the update was skipped."""
+        averages = state.features[self.name].weights
+        weights = [p for n, p in state.model.named_parameters() if n in averages]
+        with torch.no_grad():
+            _lerp([*averages.values()], weights, 1 - self.decay, state.applied)
+        self.inner(state)
+
+
+def _lerp(averages: list[Tensor], weights: list[Any], share: float, applied: bool | Tensor) -> None:
+    if isinstance(applied, Tensor):  # decided on the device: weigh by it rather than wait for it
+        kinds = {(a.device, a.dtype) for a in averages}
+        shares = {(device, dtype): applied.to(device, dtype) * share for device, dtype in kinds}
+        torch._foreach_lerp_(averages, weights, [shares[a.device, a.dtype] for a in averages])
+    elif applied:
+        torch._foreach_lerp_(averages, weights, share)
+
+
+def _make_averages(state: TrainState) -> Averages:
+    named = state.model.named_parameters()
+    return Averages({n: p.detach().clone() for n, p in named if p.is_floating_point()})
+
+
+def with_ema(decay: float, *, name: str = "ema") -> Decorator:
+    """Keep an exponential moving average of the weights.
+
+    `average <- average + (1 - decay) * (weight - average)` after each applied update,
+    from the weights before the first one. Buffers (BatchNorm statistics are averages
+    already) stay the model's own. Use them with `ema_weights`; they are saved with
+    the state, never as the model.
+
+    Args:
+        decay: Close to 1: the average looks back about `1 / (1 - decay)` updates.
+        name: Where the state keeps them; two averages need two names.
+
+    Raises:
+        UsageError: If decay is not between 0 and 1.
+
+    Example:
+        >>> with_ema(0.999)
+        with_ema(0.999)
+
+    Source: https://arxiv.org/abs/1907.08610, torch.optim.swa_utils
+    """
+    shown = f"with_ema({decay})" if name == "ema" else f"with_ema({decay}, name={name!r})"
+    share = fraction(shown, "decay", decay)
+    layer = functools.partial(UpdateAverages, decay=share, name=name)
+    return wrap(name=shown, init={name: _make_averages}, after=layer)
+
+
+def ema_weights(state: TrainState, name: str = "ema") -> AbstractContextManager[None]:
+    """Run with the averaged weights in the model's place: `with lk.ema_weights(state): ...`.
+
+    The model's own weights come back at the end, bit for bit. A checkpoint written
+    meanwhile holds them, too, and not the averages in their place.
+
+    Args:
+        state: A state trained by a step with `with_ema`, or restored from one.
+        name: The name that was given to `with_ema`.
+
+    Raises:
+        UsageError: If the state keeps no averages under that name.
+    """
+    if name in state.features:
+        return state.swapped(state.features[name].weights)
+    if name in state._pending:  # restored, and not trained yet
+        return state.swapped(state._pending[name])
+    raise UsageError(
+        f"lk.ema_weights(state, {name!r})",
+        f"a state that keeps {sorted({*state.features, *state._pending})}",
+        "@lk.with_ema(0.999) on the step, and at least one update before",
+    )

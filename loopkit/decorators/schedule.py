@@ -1,0 +1,175 @@
+"""Schedules of learning rates and of any other value of a param group."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from loopkit.compose import Decorator, wrap
+from loopkit.errors import UsageError
+from loopkit.state import TrainState
+from loopkit.types import Apply, Recompute, Transform
+
+Schedule = Callable[[int], float]
+
+
+@attrs.define
+class Count:
+    """Applied updates so far."""
+
+    updates: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the count back."""
+        self.updates = state_dict["updates"]
+
+
+@attrs.frozen
+class SetValues:
+    """Values of the param groups, set for the update that comes."""
+
+    inner: Apply
+    schedules: tuple[tuple[str, Schedule | tuple[Schedule, ...]], ...]
+    name: str
+
+    def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
+        """Set the values, go on, and count the update if it was applied."""
+        count = state.features[self.name]
+        groups: Any = state.optimizer and state.optimizer.param_groups
+        for key, schedule in self.schedules:
+            of_groups = (schedule,) * len(groups) if callable(schedule) else schedule
+            for group, function in zip(groups, of_groups, strict=True):
+                _set(group, key, function(count.updates))
+        applied = self.inner(state, recompute)
+        count.updates += bool(applied)  # waits for the device where the skip was decided on it
+        return applied
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)  # in place: a compiled optimizer has captured the tensor
+    else:
+        group[key] = value
+
+
+@attrs.frozen
+class StepScheduler:
+    """A torch scheduler's step after each applied update."""
+
+    inner: Transform
+    name: str
+
+    def __call__(self, state: TrainState) -> None:
+        """Step it, then go on."""
+        if state.applied:
+            state.features[self.name].step()
+        self.inner(state)
+
+
+def with_schedule(
+    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    *,
+    name: str = "schedule",
+    **values: Schedule | Sequence[Schedule],
+) -> Decorator:
+    """Set values of the optimizer's param groups as functions of the update count.
+
+    `group[key] = f(n)` before the update that follows n applied ones: n is 0 at the
+    first, and a skipped update does not count. A torch scheduler may be given instead;
+    it takes one step after each applied update.
+
+    Args:
+        scheduler: A torch scheduler over the state's optimizer, or what makes one from
+            an optimizer: `partial(CosineAnnealingLR, T_max=1000)`.
+        name: Where the state keeps the count; a second schedule needs a second name.
+        **values: For each key of the param groups, a function of the count for all
+            groups, or one for each group: `lr=lambda n: 1e-3 * 0.99**n`, `weight_decay=[f, g]`.
+
+    Raises:
+        UsageError: If neither or both are given, a key is not in the param groups, or
+            the scheduler needs a metric (ReduceLROnPlateau) or belongs to another optimizer.
+
+    Example:
+        >>> with_schedule(lr=lambda n: 0.1 / (1 + n))
+        with_schedule(lr=<lambda>)
+    """
+    call = f"with_schedule({', '.join(f'{k}={_shown(v)}' for k, v in values.items())})"
+    if scheduler is not None:
+        if values:
+            raise UsageError(
+                call, f"a torch scheduler and {sorted(values)}", "one or the other; two decorators for both"
+            )
+        return _with_torch_scheduler(scheduler, name)
+    if not values:
+        raise UsageError(call, "no schedule", "with_schedule(lr=f) or with_schedule(torch_scheduler)")
+    schedules = tuple((key, _checked(call, key, value)) for key, value in values.items())
+    layer = functools.partial(SetValues, schedules=schedules, name=name)
+    make = functools.partial(_make_count, call=call, schedules=schedules)
+    return wrap(name=call, init={name: make}, apply=layer)
+
+
+def _with_torch_scheduler(scheduler: Any, name: str) -> Decorator:
+    call = f"with_schedule({_shown(scheduler)})"
+    if isinstance(scheduler, ReduceLROnPlateau) or not (
+        callable(scheduler) or isinstance(scheduler, LRScheduler)
+    ):
+        raise UsageError(
+            call,
+            f"a {type(scheduler).__name__}, which is not stepped once for each update",
+            "an LRScheduler, or a function of the optimizer that makes one;"
+            " for ReduceLROnPlateau call scheduler.step(score) in your loop",
+        )
+    make = functools.partial(_make_scheduler, call=call, scheduler=scheduler)
+    return wrap(name=call, init={name: make}, after=functools.partial(StepScheduler, name=name))
+
+
+def _make_count(
+    state: TrainState, call: str, schedules: tuple[tuple[str, Schedule | tuple[Schedule, ...]], ...]
+) -> Count:
+    groups = state.optimizer.param_groups if state.optimizer else []
+    for key, schedule in schedules:
+        if missing := [i for i, group in enumerate(groups) if key not in group]:
+            raise UsageError(
+                call,
+                f"no {key!r} in the param groups {missing}, which have"
+                f" {sorted(groups[missing[0]].keys() - {'params'})}",
+                "one of those names",
+            )
+        if not callable(schedule) and len(schedule) != len(groups):
+            raise UsageError(
+                call, f"{len(schedule)} schedules for {len(groups)} param groups", "one for each group"
+            )
+    return Count()
+
+
+def _make_scheduler(state: TrainState, call: str, scheduler: Any) -> LRScheduler:
+    made: LRScheduler = scheduler if isinstance(scheduler, LRScheduler) else scheduler(state.optimizer)
+    if made.optimizer is not state.optimizer:
+        raise UsageError(
+            call, "a scheduler over another optimizer", "a scheduler made from state.optimizer"
+        )
+    return made
+
+
+def _checked(call: str, key: str, value: Any) -> Schedule | tuple[Schedule, ...]:
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, Sequence) and value and all(map(callable, value)):
+        return tuple(value)
+    raise UsageError(
+        call, f"{key} = {value!r:.60}", f"{key}: a function of the update count, or one for each group"
+    )
+
+
+def _shown(value: Any) -> str:
+    return getattr(value, "__name__", None) or (
+        type(value).__name__ if isinstance(value, LRScheduler) else f"{value!r:.60}"
+    )

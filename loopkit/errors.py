@@ -1,0 +1,46 @@
+"""The errors: each says what was written, what was found, and what to write instead."""
+
+
+class LoopkitError(Exception):
+    """The base of every error that loopkit raises on purpose.
+
+    The message has three parts, each of them required, so that no error can be
+    raised without its remedy.
+
+    Args:
+        wrote: What the user wrote, as code where that is possible.
+        found: What was found there, with its value.
+        instead: What to write instead.
+
+    Example:
+        >>> print(LoopkitError("with_clip(nan)", "max_norm = nan", "with_clip(1.0)"))
+        with_clip(nan): found max_norm = nan
+          write instead: with_clip(1.0)
+    """
+
+    def __init__(self, wrote: str, found: str, instead: str) -> None:
+        super().__init__(wrote, found, instead)
+        self.wrote, self.found, self.instead = wrote, found, instead
+
+    def __str__(self) -> str:
+        return f"{self.wrote}: found {self.found}\n  write instead: {self.instead}"
+
+
+class UsageError(LoopkitError, ValueError):
+    """A value or a type that cannot be right, found when it was given."""
+
+
+class CompositionError(LoopkitError, TypeError):
+    """Features, steps or states that cannot be put together."""
+
+
+class OutputError(LoopkitError, ValueError):
+    """A step function returned something that cannot be trained on."""
+
+
+class DataError(LoopkitError, ValueError):
+    """The data is empty, ran out, or is not what the step takes."""
+
+
+class NonFiniteError(LoopkitError, ArithmeticError):
+    """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""

@@ -1,0 +1,169 @@
+"""Evaluation: the same figures whatever the batch size."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loopkit.compose import eval_step
+from loopkit.device import prefetch
+from loopkit.errors import OutputError, UsageError
+from loopkit.feed import counted, reading
+from loopkit.limits import batch_limit, empty, known_length
+from loopkit.metrics import Meter, meters
+from loopkit.modes import evaluating, untouched_rng
+from loopkit.nested import batch_size
+from loopkit.output import read_weight
+from loopkit.outcome import Weight
+from loopkit.state import TrainState
+from loopkit.step import Step
+from loopkit.types import StepFunction
+
+
+@attrs.define
+class Mean:
+    """A weighted mean that is summed on the device, in float64 where it has that."""
+
+    total: Tensor | float = 0.0
+    weight: Weight = 0.0
+
+    def add(self, value: Tensor, weight: Weight) -> None:
+        """Add one batch; one of weight zero, a mean over nothing, adds nothing."""
+        wide = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+        if isinstance(weight, Tensor):
+            self.total = self.total + torch.where(weight > 0, wide * weight, 0)
+        elif weight:
+            self.total = self.total + wide * weight
+        self.weight = self.weight + weight
+
+    def value(self) -> float:
+        """The mean; NaN over nothing."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else float("nan")
+
+
+def evaluate(
+    step: Step | StepFunction,
+    state: TrainState,
+    data: Iterable[Any] | Mapping[str, Iterable[Any]],
+    metrics: Any = None,
+    *,
+    limit_batches: float | None = None,
+    inference_mode: bool = True,
+) -> dict[str, float]:
+    """Evaluate the state on the data: mean losses and metrics, as floats.
+
+    The step function returns a mapping. Its 0-d tensors (`loss` among them) become means,
+    weighted by its `"weight"`, or else by the number of samples in the batch, so that the
+    figures do not depend on the batch size. `preds` and `target` go to the metrics.
+    Nothing is left out: a NaN in one batch is a NaN in the result. Train and eval modes
+    of all modules, and the random number generators, are left as they were.
+
+    Args:
+        step: An eval step, or a plain function; only its forward runs.
+        state: What is evaluated.
+        data: Batches, or several named: `{"val": loader, "test": loader}`; then the names
+            of the results start with theirs: `val/loss`.
+        metrics: A torchmetrics Metric or MetricCollection, or a mapping from names to those
+            or to functions `(preds, target) -> number`, which are called once, with everything. A
+            tuple says what a metric reads: `{"depth": (metric, "depth", "depth_target")}`.
+        limit_batches: A number of batches, or a fraction of a sized loader.
+        inference_mode: `torch.inference_mode`, else `torch.no_grad`.
+
+    Returns:
+        Name to float; a result that is no scalar is spelled out, `f1/0`, `f1/1`.
+
+    Raises:
+        UsageError: For metrics or limits that cannot be right.
+        OutputError: If the step function does not return a mapping, or a 0-d loss.
+        DataError: For empty data.
+
+    Example:
+        >>> state = TrainState(torch.nn.Linear(1, 1))
+        >>> evaluate(lambda state, x: {"loss": x.mean()}, state, [torch.ones(3), torch.zeros(1)])
+        {'loss': 0.75}
+    """
+    lifted, measures = eval_step(step), meters(metrics)
+    named = data if isinstance(data, Mapping) else {"": data}
+    scores: dict[str, float] = {}
+    with untouched_rng(state.device):
+        for name, loader in named.items():
+            outputs = outputs_of(lifted, state, loader, limit_batches, inference_mode=inference_mode)
+            found = _measure(outputs, measures, state.device)
+            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    return scores
+
+
+def outputs_of(
+    step: Step,
+    state: TrainState,
+    data: Iterable[Any],
+    limit_batches: float | None,
+    *,
+    inference_mode: bool,
+) -> Iterator[tuple[Any, Any]]:
+    """Each batch with what the step function made of it; the modes hold for the forward alone."""
+    limit = batch_limit(data, limit_batches)
+    some = False
+    with reading(data) as batches:
+        exact = known_length(data) is not None and limit is not None
+        taken = counted(batches, limit) if exact and limit else itertools.islice(batches, limit)
+        for batch in prefetch(taken, state.device):
+            some = True
+            with evaluating(state, inference_mode=inference_mode), step.around(state, True):
+                output = step.forward(state, batch)
+            yield batch, output
+    if not some:
+        raise empty(data, "no batch to evaluate")
+
+
+def _measure(
+    outputs: Iterator[tuple[Any, Any]], measures: list[Meter], device: torch.device
+) -> dict[str, float]:
+    means: dict[str, Mean] = {}
+    for meter in measures:
+        meter.start(device)
+    for batch, output in outputs:
+        mapping = _mapping_of(output)
+        weight = mapping.get("weight")
+        _add_means(means, mapping, batch_size(batch) if weight is None else read_weight(weight))
+        for meter in measures:
+            meter.update(mapping)
+    scores = {name: mean.value() for name, mean in means.items()}
+    for meter in measures:
+        for name, number in meter.results():
+            if name in scores:
+                raise UsageError(
+                    f"evaluate(..., metrics={{{name!r}: ...}})",
+                    f"a result {name!r} twice, also from the step function or another metric",
+                    "another name for one of them",
+                )
+            scores[name] = number
+    return scores
+
+
+def _mapping_of(output: Any) -> Mapping[str, Any]:
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, Tensor) and output.ndim == 0:
+        return {"loss": output}
+    raise OutputError(
+        "an eval step's return",
+        f"a {type(output).__name__}" + (f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""),
+        'a 0-d loss, or a mapping: {"loss": ..., "preds": ..., "target": ...}',
+    )
+
+
+def _add_means(means: dict[str, Mean], mapping: Mapping[str, Any], weight: Weight) -> None:
+    for name, value in mapping.items():
+        if name != "weight" and isinstance(value, Tensor) and value.ndim == 0:
+            means.setdefault(name, Mean()).add(value, weight)
+        elif name == "loss":
+            raise OutputError(
+                'an eval step\'s "loss"',
+                f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}",
+                "a 0-d tensor, the mean over the batch",
+            )

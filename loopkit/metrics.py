@@ -1,0 +1,118 @@
+"""What `evaluate` measures with: torchmetrics, collections of them, and plain functions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loopkit.errors import UsageError
+
+ARGUMENTS = ("preds", "target")
+
+
+@attrs.define
+class Meter:
+    """One metric with the keys of the step's mapping that it reads.
+
+    Attributes:
+        name: What it is reported as; empty for a collection, whose metrics have names.
+        metric: A torchmetrics Metric or MetricCollection, or a function.
+        keys: What it is called with.
+    """
+
+    name: str
+    metric: Any
+    keys: tuple[str, ...]
+    _kept: list[tuple[Any, ...]] = attrs.field(factory=list)
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it needs everything at once; a torchmetric gathers its state batch by batch."""
+        return not hasattr(self.metric, "update")
+
+    def start(self, device: torch.device) -> None:
+        """Forget what was gathered before, and move to the device."""
+        self._kept.clear()
+        if not self.is_function:
+            self.metric.to(device).reset()
+
+    def update(self, output: Mapping[str, Any]) -> None:
+        """Gather one batch."""
+        if missing := [key for key in self.keys if key not in output]:
+            raise UsageError(
+                f"evaluate(..., metrics={{{self.name!r}: ...}})",
+                f"no {missing} in what the step function returned, which has {sorted(output)}",
+                'an eval step that returns {"preds": ..., "target": ...}, or the keys beside the'
+                ' metric: {"depth": (metric, "depth", "depth_target")}',
+            )
+        values = tuple(output[key] for key in self.keys)
+        if self.is_function:
+            self._kept.append(values)
+        else:
+            self.metric.update(*values)
+
+    def results(self) -> Iterator[tuple[str, float]]:
+        """What it found, as named numbers."""
+        if self.is_function:
+            columns = zip(*self._kept, strict=True)
+            value = self.metric(*(_joined(column) for column in columns))
+            self._kept.clear()
+        else:
+            value = self.metric.compute()
+        yield from numbers(self.name, value)
+
+
+def _joined(column: tuple[Any, ...]) -> Any:
+    if isinstance(column[0], Tensor):
+        return torch.cat([value if value.ndim else value[None] for value in column])
+    return [item for value in column for item in value]
+
+
+def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """A result as named numbers: mappings and tensors are spelled out with slashes.
+
+    Example:
+        >>> dict(numbers("f1", torch.tensor([0.5, 1.0])))
+        {'f1/0': 0.5, 'f1/1': 1.0}
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from numbers(f"{name}/{key}" if name else str(key), item)
+    elif isinstance(value, Tensor) and value.ndim:
+        for i, item in enumerate(value):
+            yield from numbers(f"{name}/{i}", item)
+    else:
+        yield name, float(value)
+
+
+def meters(metrics: Any) -> list[Meter]:
+    """The meters for what the user gave as `metrics`.
+
+    Raises:
+        UsageError: For what is neither a torchmetric, a function, nor a mapping of those.
+    """
+    if metrics is None:
+        return []
+    if hasattr(metrics, "update") and hasattr(metrics, "compute"):
+        is_collection = isinstance(metrics.compute, Callable) and hasattr(metrics, "items")  # type: ignore[arg-type]
+        return [Meter("" if is_collection else type(metrics).__name__, metrics, ARGUMENTS)]
+    if isinstance(metrics, Mapping):
+        return [_meter(str(name), metric) for name, metric in metrics.items()]
+    raise UsageError(
+        f"evaluate(..., metrics={metrics!r:.60})",
+        f"a {type(metrics).__name__}",
+        'a torchmetrics Metric or MetricCollection, or a mapping: {"accuracy": MulticlassAccuracy(10)}',
+    )
+
+
+def _meter(name: str, given: Any) -> Meter:
+    metric, keys = (given[0], given[1:]) if isinstance(given, tuple) and given else (given, ARGUMENTS)
+    if not (callable(metric) or hasattr(metric, "update")) or not all(isinstance(k, str) for k in keys):
+        raise UsageError(
+            f"evaluate(..., metrics={{{name!r}: {given!r:.60}}})",
+            f"a {type(given).__name__}",
+            "a torchmetric, a function (preds, target) -> number, or a tuple (metric, key, ...)",
+        )
+    return Meter(name, metric, tuple(keys))

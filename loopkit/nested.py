@@ -1,0 +1,103 @@
+"""Walking through a batch: any nesting of containers, each kept in its own type."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+Leaf = Callable[[Any], Any]
+
+
+def map_tensors(function: Leaf, tree: Any) -> Any:
+    """Apply `function` to the tensors of `tree`, keeping every container's own type.
+
+    Objects that are no container but know how to move (they have `.to`) count as
+    leaves as well; anything else is returned as it is.
+
+    Example:
+        >>> import torch
+        >>> map_tensors(lambda t: t + 1, {"a": (torch.zeros(()), "text")})
+        {'a': (tensor(1.), 'text')}
+    """
+    if isinstance(tree, Tensor) or hasattr(tree, "to"):
+        return function(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, item) for item in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    if isinstance(tree, Mapping):
+        return _map_mapping(function, tree)
+    if names := _field_names(tree):
+        return _map_fields(function, tree, names)
+    return tree
+
+
+def _map_mapping(function: Leaf, tree: Mapping[Any, Any]) -> Any:
+    mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+    if not hasattr(tree, "__setitem__"):
+        return type(tree)(mapped)  # type: ignore[call-arg]
+    result = copy.copy(tree)  # keeps what the type adds, such as a default factory
+    for key, value in mapped.items():
+        result[key] = value
+    return result
+
+
+def _map_fields(function: Leaf, tree: Any, names: tuple[str, ...]) -> Any:
+    result = copy.copy(tree)
+    for name in names:  # object.__setattr__: the user's class may be frozen, the copy is ours
+        object.__setattr__(result, name, map_tensors(function, getattr(tree, name)))
+    return result
+
+
+def _field_names(tree: Any) -> tuple[str, ...]:
+    if isinstance(tree, type):
+        return ()
+    if attrs.has(type(tree)):
+        return tuple(field.name for field in attrs.fields(type(tree)))
+    if dataclasses.is_dataclass(tree):
+        return tuple(field.name for field in dataclasses.fields(tree))
+    return ()
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors of `tree`, in order.
+
+    Example:
+        >>> import torch
+        >>> [t.item() for t in tensors_of([torch.tensor(1), {"b": torch.tensor(2)}])]
+        [1, 2]
+    """
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_of(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_of(item)
+    else:
+        for name in _field_names(tree):
+            yield from tensors_of(getattr(tree, name))
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch: the length of its first tensor that has a dimension.
+
+    A batch without such a tensor counts as its `len()`, and one without a length
+    as a single sample.
+
+    Example:
+        >>> import torch
+        >>> batch_size((torch.zeros(8, 3), torch.zeros(8))), batch_size(["a", "b"])
+        (8, 2)
+    """
+    first = batch[0] if type(batch) in {list, tuple} and batch else batch
+    if isinstance(first, Tensor) and first.ndim:  # the usual batch, without a walk
+        return first.shape[0]
+    for tensor in tensors_of(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    return len(batch) if hasattr(batch, "__len__") else 1

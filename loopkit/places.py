@@ -1,0 +1,158 @@
+"""The places of a step and what stands in each before a feature fills it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from loopkit.errors import UsageError
+from loopkit.nested import batch_size
+from loopkit.output import read_loss, shared
+from loopkit.state import TrainState
+from loopkit.types import Around, Backward, Forward, Recompute
+from loopkit.window import Window
+
+# In the order in which an update runs them.
+PLACES = {
+    "window": "how many micro-batches run() gives one update",
+    "split": "the micro-batches of one call",
+    "gradients": "the gradients of the window, micro-batch by micro-batch",
+    "around": "a context round each micro-batch",
+    "forward": "the step function",
+    "backward": "loss.backward()",
+    "unscale": "divides the gradients by what the losses were multiplied with",
+    "transform": "changes or measures the gradients",
+    "verdict": "gathers the votes to skip",
+    "apply": "optimizer.step(), unless skipped",
+    "after": "what follows an update",
+}
+SET_UP = {
+    "prepare": "once, before the first update",
+    "compile": "once, after prepare",
+    "parallelize": "once, after compile",
+    "init": "named state, made once",
+}
+
+
+def no_window(state: TrainState) -> int | None:  # noqa: ARG001
+    """The step takes bare batches."""
+    return None
+
+
+def whole_batch(state: TrainState, batch: Any) -> Window:  # noqa: ARG001
+    """The batch is the only micro-batch."""
+    if isinstance(batch, Window):
+        raise UsageError(
+            "step(state, Window(...))",
+            f"{batch!r:.80}, but the step does not accumulate gradients",
+            "@lk.with_grad_accum(n) on the step, or a bare batch",
+        )
+    return Window((batch,), 1)
+
+
+_NO_CONTEXT = nullcontext()
+
+
+def no_context(state: TrainState, last: bool) -> AbstractContextManager[None]:  # noqa: ARG001, FBT001
+    """Nothing is entered."""
+    return _NO_CONTEXT
+
+
+def backward(state: TrainState, loss: Tensor) -> None:  # noqa: ARG001
+    """The backward pass."""
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def nothing(state: TrainState) -> None:
+    """The place is empty."""
+
+
+@attrs.frozen
+class Gradients:
+    """Forward and backward for each micro-batch; the gradients add up in `.grad`."""
+
+    around: Around
+    forward: Forward
+    backward: Backward
+
+    def __call__(self, state: TrainState, window: Window) -> None:
+        """Leave the sum of the micro-batches' gradients, each with its share."""
+        state.begin_update(window.length)
+        skipped = 0
+        for micro_batch, last in window.marked():
+            with self.around(state, last):
+                output = self.forward(state, micro_batch)
+                loss, weight, state.output = read_loss(output)
+                share = shared(loss, weight, window.length)
+                if share is None:
+                    skipped += 1
+                else:
+                    self.backward(state, share)
+            state.outcome.add(loss, weight, state.output)
+            state.outcome.samples += batch_size(micro_batch)
+        if skipped == len(state.outcome.losses):
+            _zero_gradients(state)
+
+
+def _zero_gradients(state: TrainState) -> None:
+    """A window over nothing has the gradient zero, as on a device that cannot tell beforehand."""
+    for parameter in state.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def divide_by_weight(state: TrainState) -> None:
+    """The gradients of the window become those of the one mean over it."""
+    divisor = state.outcome.divisor()
+    if divisor is not None:
+        with torch.no_grad():
+            torch._foreach_div_([p.grad for p in state.parameters_with_grad()], divisor)
+
+
+def gather_votes(state: TrainState) -> Tensor | None:
+    """Non-zero where any vote says skip; None where nobody voted."""
+    votes = state.votes()
+    if len(votes) < 2:
+        return votes[0] if votes else None
+    return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
+
+
+def apply_update(state: TrainState, recompute: Recompute) -> bool | Tensor:  # noqa: ARG001
+    """Take the optimizer's step, or skip it where the verdict says so.
+
+    An optimizer that takes `found_inf` (the fused ones) decides on the device, and
+    the answer is a tensor that nobody has waited for; with others the host asks.
+    """
+    optimizer: Any = state.optimizer
+    verdict = state.verdict
+    if verdict is None:
+        optimizer.step()
+        return True
+    if not _skips_on_device(optimizer):
+        if verdict.item():
+            return False
+        optimizer.step()
+        return True
+    optimizer.grad_scale, optimizer.found_inf = None, verdict
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+    return verdict == 0
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    # Fused SGD allocates its momentum buffer, then skips the kernel that would fill it: a
+    # skipped first update leaves garbage for the second (seen with torch 2.13). So wait once.
+    return not isinstance(optimizer, SGD) or all(
+        optimizer.state[parameter].get("momentum_buffer") is not None
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for parameter in group["params"]
+        if parameter.grad is not None
+    )

@@ -1,0 +1,66 @@
+"""Plain data: what can be saved without running code to load it."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can be saved and restored: it has `state_dict` and `load_state_dict`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that has to be saved."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
+        """Take back what `state_dict` gave."""
+        ...
+
+
+def is_plain(value: object) -> bool:
+    """Whether `value` is numbers, text, tensors, and lists, tuples and dicts of those.
+
+    Example:
+        >>> is_plain({"a": [1, None]}), is_plain(object())
+        (True, False)
+    """
+    if value is None or isinstance(value, bool | int | float | str | Tensor):
+        return True
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str | int) and is_plain(item) for key, item in value.items())
+    return False
+
+
+def is_stateful(value: object) -> TypeGuard[Stateful]:
+    """Whether `value` can be saved through `state_dict` and `load_state_dict`.
+
+    Example:
+        >>> import torch
+        >>> is_stateful(torch.nn.Linear(1, 1)), is_stateful(3)
+        (True, False)
+    """
+    return isinstance(value, Stateful)
+
+
+def saved(value: object) -> Any:
+    """What stands for `value` in a checkpoint."""
+    return value.state_dict() if is_stateful(value) else value
+
+
+def saveable(values: Mapping[str, object]) -> dict[str, Any]:
+    """Those of `values` that a checkpoint can hold, as it holds them."""
+    return {k: saved(v) for k, v in values.items() if is_stateful(v) or is_plain(v)}
+
+
+def restore(values: dict[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Put each of `loaded` back in its place among `values`."""
+    for name, value in loaded.items():
+        if is_stateful(values.get(name)):
+            values[name].load_state_dict(value)
+        else:
+            values[name] = copy.deepcopy(value)

@@ -1,0 +1,238 @@
+"""The loop: a thin iterator that calls the step and yields the state after each update."""
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from types import TracebackType
+from typing import Any
+
+import attrs
+
+from loopkit.compose import train_step
+from loopkit.errors import DataError, UsageError
+from loopkit.feed import feed_sized, feed_unsized, reading
+from loopkit.interrupt import Interruptible
+from loopkit.limits import Limits, Time, empty, known_length
+from loopkit.state import TrainState
+from loopkit.step import Step
+from loopkit.types import StepFunction
+
+
+@attrs.define
+class Clock:
+    """What a window schedule may look at, for an estimate."""
+
+    step: int
+    epoch: int
+    batch: int = 0
+    samples: int = 0
+
+
+class Run:
+    """An iterator over the states of a training run, once for each update; made by `run`.
+
+    `break` when you like: the state is then as after its last update. As a context
+    manager (`with run(...) as updates:`) it ends its data workers at the end of the
+    block, otherwise when it is dropped.
+
+    Attributes:
+        step: What is called for each update.
+        state: What is trained.
+        data: What the batches come from.
+        limits: Where it ends.
+    """
+
+    def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
+        self.step, self.state, self.data, self.limits = step, state, data, limits
+        self._iterator = self._updates()
+
+    def __iter__(self) -> Iterator[TrainState]:
+        return self._iterator
+
+    def __next__(self) -> TrainState:
+        return next(self._iterator)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run where it is; its data workers end with it."""
+        self._iterator.close()
+
+    @property
+    def total_steps(self) -> int | None:
+        """`state.step` at the end, estimated; None if only a break or a time limit ends it.
+
+        Exact for sized data, unless updates of this state were made outside of `run`. A window
+        schedule that is a function is asked once for each epoch.
+        """
+        by_epochs = self._steps_by_epochs()
+        ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
+        return min(ends, default=None)
+
+    def _steps_by_epochs(self) -> int | None:
+        if self.limits.epochs is None or self.limits.batches is None:
+            return None
+        state = self.state
+        clock = Clock(state.step, state.epoch + state.epoch_end)
+        taken = 0 if state.epoch_end or self._is_other_data() else state.batch
+        while batches := self.limits.batches_in(clock.epoch):
+            size = self.step.window(clock) or 1  # type: ignore[arg-type]
+            clock.step += math.ceil(max(0, batches - taken) / size)
+            clock.epoch, taken = clock.epoch + 1, 0
+        return clock.step
+
+    def _is_other_data(self) -> bool:
+        return self.state._data not in (None, self.data)
+
+    def _updates(self) -> Iterator[TrainState]:
+        state, step = self.state, self.step
+        most = self.limits.steps or math.inf
+        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        self._start()
+        with Interruptible() as interrupt:
+            while not self._ended() and time.monotonic() < deadline:
+                with closing(self._epoch()) as epoch:
+                    for batch, last in epoch:
+                        interrupt.busy = True
+                        step(state, batch)
+                        state.batch += len(state.outcome.losses)
+                        state.epoch_end = last
+                        interrupt.busy = False
+                        if interrupt.pending:
+                            interrupt.release()
+                        yield state
+                        if state.step >= most or time.monotonic() >= deadline:
+                            break
+                self._roll_over()
+
+    def _start(self) -> None:
+        self._roll_over()
+        if self._is_other_data():
+            self.state.batch = 0
+        self.state._data = self.data
+        self._begun_at, self._dried_up = self.state.epoch, False
+
+    def _roll_over(self) -> None:
+        if self.state.epoch_end:
+            self.state.epoch += 1
+            self.state.batch, self.state.epoch_end = 0, False
+
+    def _ended(self) -> bool:
+        length = self.limits.batches_in(self.state.epoch)
+        cut = length is not None and not self._is_whole() and self.state.batch >= length
+        if self._dried_up or cut or length == 0:
+            return True
+        return self.state.step >= (self.limits.steps or math.inf)
+
+    def _is_whole(self) -> bool:
+        return self.limits.epochs is None or self.state.epoch + 1 <= self.limits.epochs
+
+    def _epoch(self) -> Iterator[tuple[Any, bool]]:
+        whole, length = self._is_whole(), self.limits.batches_in(self.state.epoch)
+        taken, before = self.state.batch, self.state.step
+        with reading(self.data) as batches:
+            if batches is not self.data:  # an iterator knows itself how far it was read
+                for _ in itertools.islice(batches, taken):
+                    pass
+            for batch, last in self._feed(batches, length, taken):
+                yield batch, last and whole
+            if self.state.step == before:
+                self._dried_up = self._may_dry_up(batches, taken)
+            elif whole and not self.limits.capped:
+                self._check_end(batches, length)
+
+    def _feed(
+        self, batches: Iterator[Any], length: int | None, taken: int
+    ) -> Iterator[tuple[Any, bool]]:
+        sizes, device = functools.partial(self.step.window, self.state), self.state.device
+        if known_length(self.data) is not None and length is not None:
+            return feed_sized(batches, max(0, length - taken), sizes, device)
+        return feed_unsized(
+            itertools.islice(batches, None if length is None else length - taken), sizes, device
+        )
+
+    def _check_end(self, batches: Iterator[Any], length: int | None) -> None:
+        if length is not None and next(batches, self) is not self:
+            raise DataError(
+                f"data with len(data) = {length}",
+                "more batches than that",
+                "data with the true length, or limit_batches",
+            )
+
+    def _may_dry_up(self, batches: Iterator[Any], taken: int) -> bool:
+        limits, epoch = self.limits, self.state.epoch
+        if batches is self.data and epoch > self._begun_at:
+            if limits.epochs is None and limits.steps is None:
+                return True
+            raise DataError(
+                f"run(..., max_epochs={limits.epochs}, max_steps={limits.steps})",
+                f"an iterator, which can be read once; it ended before epoch {epoch}",
+                "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
+            )
+        raise empty(self.data, f"no batches in epoch {epoch} after the {taken} taken before")
+
+
+def run(
+    step: Step | StepFunction,
+    state: TrainState,
+    data: Iterable[Any],
+    *,
+    max_epochs: float | None = None,
+    max_steps: int | None = None,
+    max_time: Time | None = None,
+    limit_batches: float | None = None,
+) -> Run:
+    """Call the step on the data and yield the state after each update.
+
+    `for state in run(step, state, loader, max_epochs=3): ...`; the body runs between
+    updates, and may evaluate, log, save, or break. Where the step accumulates
+    gradients `run` makes its windows. Limits are totals of the state's clock, so a run
+    that was resumed ends where the first would have; without any it goes on until you break.
+
+    Args:
+        step: A step, or a plain step function.
+        state: What is trained. If it stopped within an epoch of this data, that epoch goes on.
+        data: Any iterable of batches. Data without a length is read one batch ahead, to
+            know where an epoch ends.
+        max_epochs: Epochs; 2.5 is two and the first half of the third.
+        max_steps: Updates.
+        max_time: Seconds, a timedelta, "DD:HH:MM:SS" or `{"hours": 2}`, from now on.
+        limit_batches: Batches of each epoch: a number, or a fraction of a sized loader.
+
+    Returns:
+        An iterator, and context manager, with `.total_steps`.
+
+    Raises:
+        UsageError: For a limit that cannot be right.
+        DataError: For data that is empty, or runs out where more was asked for.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> data = [torch.ones(4, 2)] * 3
+        >>> updates = run(lambda state, x: state.model(x).mean(), state, data, max_epochs=2)
+        >>> updates.total_steps, [state.step for state in updates]
+        (6, [1, 2, 3, 4, 5, 6])
+    """
+    limits = Limits.of(data, max_epochs, max_steps, max_time, limit_batches)
+    return Run(train_step(step), _checked(state), data, limits)
+
+
+def _checked(state: object) -> TrainState:
+    if isinstance(state, TrainState):
+        return state
+    raise UsageError(
+        "run(step, state, data)",
+        f"a state of type {type(state).__name__}",
+        "lk.TrainState(model, optimizer) as the second argument",
+    )

@@ -1,0 +1,69 @@
+"""Setting a state up for a step, once, before the step's first update."""
+
+from loopkit.errors import CompositionError, UsageError
+from loopkit.feature import Feature
+from loopkit.plain import restore
+from loopkit.state import TrainState
+
+
+def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
+    """Run what the features set up on `state`: prepare, compile, parallelize, init.
+
+    What an equal feature has set up on this state before is not set up again, so
+    that several steps can train one state.
+
+    Raises:
+        UsageError: If the state is none, or has no optimizer.
+        CompositionError: If the state holds what another composition keeps in it.
+    """
+    if not isinstance(state, TrainState):
+        raise UsageError(
+            "step(state, batch)",
+            f"a state of type {type(state).__name__}",
+            "lk.TrainState(model, optimizer), the state first and the batch second",
+        )
+    if state.optimizer is None:
+        raise UsageError(
+            "step(state, batch)", f"{state!r}, a state to evaluate", "lk.TrainState(model, optimizer)"
+        )
+    _check_names(features, state)
+    new = [feature for feature in features if feature not in state._set_up]
+    for feature in new:
+        if feature.prepare is not None:
+            feature.prepare(state)
+    for place in ("compile", "parallelize"):
+        for feature in new:
+            if place in feature.owns:
+                feature.owns[place](state)
+    for feature in new:
+        for name, make in feature.init.items():
+            _keep(state, name, make(state))
+    state._set_up.extend(new)
+    state._steps[id(step)] = step
+
+
+def _keep(state: TrainState, name: str, made: object) -> None:
+    state.features[name] = made
+    if name in state._pending:
+        restore(state.features, {name: state._pending.pop(name)})
+
+
+def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:
+    names = {name for feature in features for name in feature.init}
+    held = {*state.features, *state._pending}
+    if extra := sorted(held - names):
+        raise CompositionError(
+            "step(state, batch)",
+            f"a state that keeps {extra} for another step; this one keeps {sorted(names)}",
+            "the same decorators on every step of a state, or lk.TrainState(state.model,"
+            " state.optimizer) for a state of its own",
+        )
+    for feature in features:
+        for name in feature.init:
+            if name in state.features and feature not in state._set_up:
+                others = [f.name for f in state._set_up if isinstance(f, Feature) and name in f.init]
+                raise CompositionError(
+                    f"{feature.name} on a state",
+                    f"{name!r} kept there already by {others[0]}, with other settings",
+                    "equal settings on every step of a state, or another name=...",
+                )

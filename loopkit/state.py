@@ -1,0 +1,283 @@
+"""The training state: the one thing that a step changes."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loopkit.errors import CompositionError, UsageError
+from loopkit.outcome import Outcome
+from loopkit.plain import is_stateful, restore, saveable, saved
+
+CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
+
+
+@attrs.define(init=False, eq=False, repr=False)
+class TrainState:
+    """The model, the optimizer, the clock and what the last update found.
+
+    A step takes a state and returns the same object. The model and the optimizer
+    stay yours: `state.model is model`, and its `state_dict` keys are plain.
+
+    Args:
+        model: The module to train.
+        optimizer: Over the model's parameters, or some of them. May be left out
+            where the state is only evaluated.
+        **extras: Things of your own that travel with the state, in `state.extras`.
+            What has `state_dict`, or is plain data, is part of a checkpoint.
+
+    Attributes:
+        step: Updates so far, one for each call of a step, skipped ones included.
+        epoch: Epochs finished so far; at the last update of an epoch still its number.
+        batch: Batches (micro-batches too) that `run` has taken in this epoch.
+        samples: Samples taken so far.
+        epoch_end: True at the last update of an epoch.
+        applied: False where the last update was skipped; a bool, or a 0-d bool
+            tensor where the optimizer decided it on the device (reading it waits).
+        output: The mapping that the step function returned last, or None.
+        grad_norm: Norm of the gradients before clipping, where something measured it.
+        outcome: Losses and weights of the micro-batches of the last update.
+        features: What the step's decorators keep, by name.
+        verdict: Inside an update: 0-d tensor, non-zero where it will be skipped; or None.
+
+    Raises:
+        UsageError: If the model is no module, or the optimizer holds none of its parameters.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> state
+        TrainState(Linear, SGD, step=0, epoch=0)
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    extras: dict[str, Any]
+    step: int
+    epoch: int
+    batch: int
+    samples: int
+    epoch_end: bool
+    applied: bool | Tensor
+    output: Mapping[str, Any] | None
+    grad_norm: Tensor | None
+    lr: float | Tensor | None
+    outcome: Outcome
+    verdict: Tensor | None
+    features: dict[str, Any]
+    _metrics: dict[str, Tensor] | None
+    _votes: list[Tensor]
+    _pending: dict[str, Any]  # restored for features that no step has set up yet
+    _set_up: list[object]  # features whose `prepare` and `init` were run on this state
+    _steps: dict[int, object]  # steps that this state was checked against
+    _lent: dict[str, Tensor] | None  # the model's own weights, while others are swapped in
+    _data: object  # what `batch` is a position in; None after a restore: whatever comes next
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None = None, **extras: Any
+    ) -> None:
+        _check_model(model)
+        if optimizer is not None:
+            _check_optimizer(model, optimizer)
+        self.__attrs_init__(  # type: ignore[attr-defined]
+            model, optimizer, extras, 0, 0, 0, 0, epoch_end=False, applied=True, output=None,
+            grad_norm=None, lr=None, outcome=Outcome(), verdict=None, features={}, metrics=None,
+            votes=[], pending={}, set_up=[], steps={}, lent=None, data=None,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer).__name__
+        return (
+            f"TrainState({type(self.model).__name__}, {optimizer},"
+            f" step={self.step}, epoch={self.epoch})"
+        )
+
+    # What the last update found
+
+    @property
+    def loss(self) -> Tensor:
+        """Loss of the last update: 0-d, detached, weighted mean over its micro-batches."""
+        return self.outcome.mean()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d tensors of the last update: `loss`, `grad_norm`, `lr`, and the step function's own.
+
+        They stay on the device: `float(state.metrics["loss"])` is your choice to wait.
+        """
+        if self._metrics is None:
+            self._metrics = self.outcome.means()
+            if self.grad_norm is not None:
+                self._metrics["grad_norm"] = self.grad_norm
+            if self.lr is not None:
+                self._metrics["lr"] = torch.as_tensor(self.lr)
+        return self._metrics
+
+    # What layers of a step use
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are (the first one's device)."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        return [p for group in groups for p in group["params"]]
+
+    def parameters_with_grad(self) -> list[nn.Parameter]:
+        """Those of the optimizer's parameters that have a gradient now."""
+        return [p for p in self.parameters() if p.grad is not None]
+
+    def skip_if(self, vote: Tensor) -> None:
+        """Vote to skip this update; one vote is enough, and all ranks follow it.
+
+        Args:
+            vote: 0-d tensor, true or non-zero to skip. It is not read here, so voting
+                never waits for the device.
+        """
+        self._votes.append(vote)
+
+    def votes(self) -> list[Tensor]:
+        """The votes of this update so far, as 0-d float32 tensors."""
+        return [vote.detach().float() for vote in self._votes]
+
+    def begin_update(self, length: int | None) -> None:
+        """Forget the last update, its gradients and votes; start a window of `length`."""
+        if self._lent is not None:
+            raise CompositionError(
+                "a step inside `with lk.ema_weights(state)`",
+                "other weights in the model's place, which an update would be lost on",
+                "the step after the with block",
+            )
+        for group in self.optimizer.param_groups:  # type: ignore[union-attr]
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.outcome = Outcome(length=length)
+        self.output = self.grad_norm = self.verdict = self._metrics = None
+        self._votes = []
+
+    def count_update(self) -> None:
+        """Advance the clock by the update that was just made or skipped."""
+        self.step += 1
+        self.samples += self.outcome.samples
+        lr = self.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
+        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule refills the tensor
+
+    @contextmanager
+    def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other weights in the model's place; its own come back at the end.
+
+        Meanwhile `state_dict` still gives the model's own weights, so that a
+        checkpoint never holds the others in their place.
+
+        Args:
+            weights: By parameter name; parameters that are not named stay.
+        """
+        if self._lent is not None:
+            raise CompositionError(
+                "state.swapped(weights)", "weights that are swapped in already", "one swap at a time"
+            )
+        own = {n: p for n, p in self.model.named_parameters() if n in weights}
+        with torch.no_grad():
+            self._lent = {name: parameter.detach().clone() for name, parameter in own.items()}
+            try:
+                for name, parameter in own.items():
+                    parameter.copy_(weights[name])
+                yield
+            finally:
+                for name, parameter in own.items():
+                    parameter.copy_(self._lent[name])
+                self._lent = None
+
+    # Saving and branching
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on: model, optimizer, clock, features, extras."""
+        model = self.model.state_dict()
+        return {
+            "model": {**model, **{k: v for k, v in (self._lent or {}).items() if k in model}},
+            "optimizer": saved(self.optimizer) if self.optimizer is not None else None,
+            "clock": {name: getattr(self, name) for name in CLOCK},
+            "features": self._pending | {k: saved(v) for k, v in self.features.items()},
+            "extras": saveable(self.extras),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; what is given is copied, never kept.
+
+        Features that no step has set up yet wait for the first step that has them.
+
+        Raises:
+            UsageError: If a part is missing or not known.
+        """
+        parts = {"model", "optimizer", "clock", "features", "extras"}
+        if parts != state_dict.keys():
+            raise UsageError(
+                "state.load_state_dict(...)",
+                f"parts {sorted(state_dict)}",
+                f"a dict with exactly the parts {sorted(parts)}, as state.state_dict() gives it",
+            )
+        self.model.load_state_dict(state_dict["model"])
+        if self.optimizer is not None and state_dict["optimizer"] is not None:
+            self.optimizer.load_state_dict(state_dict["optimizer"])
+        for name in CLOCK:
+            setattr(self, name, state_dict["clock"][name])
+        self._data = None
+        pending = copy.deepcopy(dict(state_dict["features"]))
+        restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
+        self._pending = pending
+        restore(self.extras, state_dict["extras"])
+
+    def snapshot(self) -> "TrainState":
+        """An independent copy to branch from: training one leaves the other as it is.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> branch = state.snapshot()
+            >>> branch.model is model, torch.equal(branch.model.weight, model.weight)
+            (False, True)
+        """
+        memo: dict[int, Any] = {}
+        branch = copy.copy(self)
+        branch.output, branch._steps, branch._votes = None, {}, []
+        branch._set_up = [*self._set_up]
+        for name in ("model", "optimizer", "features", "extras", "outcome", "_pending"):
+            setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
+        if branch.optimizer is not None:
+            # A torch scheduler puts a wrapper of the first optimizer's `step` on the instance
+            # (torch.optim.lr_scheduler, patch_track_step_called); the copy must step itself.
+            vars(branch.optimizer).pop("step", None)
+        return branch
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            "lk.TrainState(model, optimizer)",
+            f"a model of type {type(model).__name__}",
+            "a torch.nn.Module as the model",
+        )
+
+
+def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    if not (hasattr(optimizer, "param_groups") and is_stateful(optimizer)):
+        raise UsageError(
+            "lk.TrainState(model, optimizer)",
+            f"an optimizer of type {type(optimizer).__name__}",
+            "a torch.optim.Optimizer, or an object with its param_groups and state_dict",
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if own and not any(id(parameter) in own for parameter in held):
+        raise UsageError(
+            "lk.TrainState(model, optimizer)",
+            f"{len(held)} parameters in the optimizer, and none of them among the model's {len(own)}",
+            "an optimizer over model.parameters(), made from this very model",
+        )

@@ -1,0 +1,181 @@
+"""The step: features composed round a step function, and what one call of it does."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from loopkit import places
+from loopkit.errors import CompositionError
+from loopkit.feature import Feature
+from loopkit.setup import set_up
+from loopkit.state import TrainState
+from loopkit.types import (
+    Apply,
+    Around,
+    Backward,
+    Forward,
+    GradientsOf,
+    Split,
+    StepFunction,
+    Transform,
+    Verdict,
+    WindowSize,
+)
+from loopkit.window import Window
+
+
+def _chain(place: str, base: Callable[..., Any] | None = None) -> Any:
+    """A field of `Step`: the base of one place with its layers, nearest the function outermost."""
+
+    def build(step: "Step") -> Any:
+        owners = [feature.owns[place] for feature in step.features if place in feature.owns]
+        inner = owners[0] if owners else base or step._base(place)
+        for feature in reversed(step.features):
+            if place in feature.wraps:
+                inner = feature.wraps[place](inner)
+        return inner
+
+    return attrs.field(init=False, eq=False, default=attrs.Factory(build, takes_self=True))
+
+
+@attrs.frozen(repr=False)
+class Step:
+    """One optimizer update as a value: a step function and the features composed onto it.
+
+    Decorators make it, or `train_step`; it prints, compares and pickles. Calling it
+    is one update: `state = step(state, batch)`. Its fields are the places of an
+    update, each a callable: the default, or its owner, within the layers of features.
+
+    Attributes:
+        function: The user's function.
+        features: What was composed onto it, nearest to the function first.
+
+    Raises:
+        CompositionError: If two features own one place, or keep state under one name.
+    """
+
+    function: StepFunction
+    features: tuple[Feature, ...] = attrs.field(default=(), converter=tuple)
+    window: WindowSize = _chain("window", places.no_window)
+    split: Split = _chain("split", places.whole_batch)
+    around: Around = _chain("around", places.no_context)
+    forward: Forward = _chain("forward")
+    backward: Backward = _chain("backward", places.backward)
+    gradients: GradientsOf = _chain("gradients")
+    unscale: Transform = _chain("unscale", places.divide_by_weight)
+    transform: Transform = _chain("transform", places.nothing)
+    verdict: Verdict = _chain("verdict", places.gather_votes)
+    apply: Apply = _chain("apply", places.apply_update)
+    after: Transform = _chain("after", places.nothing)
+
+    def __attrs_post_init__(self) -> None:
+        _check_composition(self.features)
+
+    def __call__(self, state: TrainState, batch: Any) -> TrainState:
+        """One update.
+
+        Args:
+            state: What is trained; changed in place and returned.
+            batch: A batch, or a `Window` where the step accumulates gradients.
+
+        Returns:
+            The same state.
+        """
+        if id(self) not in state._steps:
+            set_up(self.features, self, state)
+        window = self.split(state, batch)
+        self.gradients(state, window)
+        self.unscale(state)  # loss scale and window weight leave the gradients here
+        self.transform(state)  # clip, noise, norms
+        state.verdict = self.verdict(state)
+        state.applied = self.apply(state, functools.partial(self._recompute, state, window))
+        state.count_update()
+        self.after(state)  # schedule, averages, scaler
+        return state
+
+    def _recompute(self, state: TrainState, window: Window) -> Tensor:
+        self.gradients(state, window)
+        self.unscale(state)
+        self.transform(state)
+        return state.loss
+
+    def _base(self, place: str) -> Any:
+        if place == "forward":
+            return self.function
+        return places.Gradients(self.around, self.forward, self.backward)
+
+    def __repr__(self) -> str:
+        return f"Step({', '.join([name_of_function(self), *map(repr, self.features)])})"
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def __reduce__(self) -> Any:
+        found = _by_name(self.function.__module__, getattr(self.function, "__qualname__", ""))
+        if isinstance(found, Step) and found.function is self.function:
+            # The decorator syntax has put the step under the function's name, by which pickle
+            # would look the function up: so name the step, and take its function.
+            return _rebuild, (self.function.__module__, self.function.__qualname__, self.features)
+        return Step, (self.function, self.features)
+
+
+def name_of_function(step: Step) -> str:
+    """The name of the user's function."""
+    return getattr(step.function, "__name__", None) or repr(step.function)
+
+
+def describe(step: Step) -> str:
+    """What will run, in the order in which it runs; see `explain`."""
+    lines = [f"{name_of_function(step)}: one call is one update"]
+    shown = {**places.SET_UP, **places.PLACES}
+    for place, meaning in shown.items():
+        if names := _names_in(step, place):
+            lines.append(f"  {place:<11} {' > '.join(names)}")
+        elif place in {"gradients", "forward", "apply"}:
+            lines.append(f"  {place:<11} {meaning}")
+    return "\n".join(lines)
+
+
+def _names_in(step: Step, place: str) -> list[str]:
+    names = [
+        feature.name
+        for feature in step.features
+        if place in feature.wraps
+        or (place == "prepare" and feature.prepare)
+        or (place == "init" and feature.init)
+    ]
+    owners = [feature.name for feature in step.features if place in feature.owns]
+    if names and place not in places.SET_UP:
+        return [*names, *(owners or [name_of_function(step) if place == "forward" else "default"])]
+    return names + owners
+
+
+def _check_composition(features: tuple[Feature, ...]) -> None:
+    seen: dict[tuple[str, str], Feature] = {}
+    for feature in features:
+        claims = [("own the place", place) for place in feature.owns]
+        for claim in claims + [("keep state under the name", name) for name in feature.init]:
+            other = seen.setdefault(claim, feature)
+            if other is not feature:
+                raise CompositionError(
+                    f"{feature.name} composed with {other.name}",
+                    f"that both {claim[0]} {claim[1]!r}",
+                    "one of the two (a name can be chosen where the decorator takes name=...)",
+                )
+
+
+def _by_name(module: str, qualname: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _rebuild(module: str, qualname: str, features: tuple[Feature, ...]) -> Step:
+    importlib.import_module(module)
+    return Step(_by_name(module, qualname).function, features)
