@@ -38,15 +38,15 @@ def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
     Raises:
         DataError: If there are fewer.
     """
-    for taken in range(length):
-        batch = next(batches, _END)
-        if batch is _END:
-            raise DataError(
-                f"data that says len(data) >= {length}",
-                f"its end after {taken} batches",
-                "data with the true length, or without a length (a generator)",
-            )
+    taken = 0
+    for taken, batch in enumerate(itertools.islice(batches, length), 1):  # noqa: B007
         yield batch
+    if taken < length:
+        raise DataError(
+            f"data that says len(data) >= {length}",
+            f"its end after {taken} batches",
+            "data with the true length, or without a length (a generator)",
+        )
 
 
 def feed_sized(
@@ -57,17 +57,15 @@ def feed_sized(
     Nothing is read before the step asks for it, windows included, so that random
     numbers are drawn in the order of a plain loop.
     """
-    moved = prefetch(counted(batches, length), device)
-    left = length
+    moved, left = prefetch(counted(batches, length), device), length
+    if sizes() is None:
+        for index, batch in enumerate(moved, 1):
+            yield batch, index == length
+        return
     while left:
-        size = sizes()
-        if size is None:
-            left -= 1
-            yield next(moved), not left
-        else:
-            taken = min(size, left)
-            left -= taken
-            yield Window(itertools.islice(moved, taken), taken), not left
+        taken = min(sizes() or 1, left)
+        left -= taken
+        yield Window(itertools.islice(moved, taken), taken), not left
 
 
 def feed_unsized(

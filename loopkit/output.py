@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,27 +10,45 @@ from torch import Tensor
 from loopkit.errors import OutputError
 from loopkit.outcome import Weight
 
+_NO_SCALARS: Mapping[str, Tensor] = {}
 RETURNS = "a 0-d loss tensor, or a mapping that holds it under \"loss\""
 
 
-def read_loss(output: Any) -> tuple[Tensor, Weight | None, Mapping[str, Any] | None]:
-    """The loss, the weight (or None) and the mapping (or None) of an output.
+def read_output(
+    output: Any,
+) -> tuple[Tensor, Weight | None, Mapping[str, Tensor], Mapping[str, Any] | None]:
+    """The loss, the weight or None, the other 0-d tensors, and the mapping or None.
 
     Raises:
         OutputError: If there is no loss, or it is no scalar, or has no gradient.
     """
     if isinstance(output, Tensor):
-        loss, weight, mapping = output, None, None
-    elif isinstance(output, dict | Mapping):  # dict first: asking an ABC takes long
-        loss, weight, mapping = output.get("loss"), output.get("weight"), output
-    else:
+        if output.requires_grad and not output.ndim:
+            return output, None, _NO_SCALARS, None
+        _refuse_loss(output, output)
+    if not isinstance(output, dict | Mapping):  # dict first: asking an ABC takes long
         raise OutputError("a step function's return", f"a {type(output).__name__}", RETURNS)
+    loss, weight = output.get("loss"), output.get("weight")
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         _refuse_loss(loss, output)
-    return loss, weight if weight is None else read_weight(weight), mapping
+    return loss, None if weight is None else read_weight(weight), scalars_of(output), output
 
 
-def _refuse_loss(loss: Any, output: Any) -> None:
+def scalars_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The 0-d tensors of a step function's mapping, detached, less loss and weight.
+
+    Example:
+        >>> scalars_of({"loss": torch.tensor(1.0), "accuracy": torch.tensor(0.5), "n": 3})
+        {'accuracy': tensor(0.5000)}
+    """
+    return {
+        name: value.detach()
+        for name, value in output.items()
+        if isinstance(value, Tensor) and value.ndim == 0 and name not in {"loss", "weight"}
+    }
+
+
+def _refuse_loss(loss: Any, output: Any) -> NoReturn:
     if not isinstance(loss, Tensor):
         found = sorted(map(str, output)) if loss is None else f'"loss" of type {type(loss).__name__}'
         raise OutputError("a step function that returns a mapping", f"{found}", RETURNS)

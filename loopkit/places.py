@@ -1,4 +1,4 @@
-"""The places of a step and what stands in each before a feature fills it."""
+"""The places of a step, and what stands in each before a feature fills it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from loopkit.errors import UsageError
+from loopkit.errors import DataError, UsageError
 from loopkit.nested import batch_size
-from loopkit.output import read_loss, shared
+from loopkit.output import read_output, shared
 from loopkit.state import TrainState
 from loopkit.types import Around, Backward, Forward, Recompute
-from loopkit.window import Window
+from loopkit.window import MicroBatches, Window
 
 # In the order in which an update runs them.
 PLACES = {
@@ -42,15 +42,15 @@ def no_window(state: TrainState) -> int | None:  # noqa: ARG001
     return None
 
 
-def whole_batch(state: TrainState, batch: Any) -> Window:  # noqa: ARG001
+def whole_batch(state: TrainState, batch: Any) -> MicroBatches:  # noqa: ARG001
     """The batch is the only micro-batch."""
-    if isinstance(batch, Window):
+    if type(batch) is Window:
         raise UsageError(
             "step(state, Window(...))",
             f"{batch!r:.80}, but the step does not accumulate gradients",
             "@lk.with_grad_accum(n) on the step, or a bare batch",
         )
-    return Window((batch,), 1)
+    return (batch,), 1
 
 
 _NO_CONTEXT = nullcontext()
@@ -78,23 +78,36 @@ class Gradients:
     forward: Forward
     backward: Backward
 
-    def __call__(self, state: TrainState, window: Window) -> None:
+    def __call__(self, state: TrainState, window: MicroBatches) -> None:
         """Leave the sum of the micro-batches' gradients, each with its share."""
-        state.begin_update(window.length)
-        skipped = 0
-        for micro_batch, last in window.marked():
+        micro_batches, count = window
+        outcome = state.begin_update(count)
+        parts, without_gradient = outcome.parts, 0
+        for micro_batch in micro_batches:
+            last = len(parts) + 1 == count or (count is None and micro_batches.at_end)  # type: ignore[attr-defined]
             with self.around(state, last):
-                output = self.forward(state, micro_batch)
-                loss, weight, state.output = read_loss(output)
-                share = shared(loss, weight, window.length)
+                loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
+                share = loss if count == 1 and weight is None else shared(loss, weight, count)
                 if share is None:
-                    skipped += 1
+                    without_gradient += 1
                 else:
                     self.backward(state, share)
-            state.outcome.add(loss, weight, state.output)
-            state.outcome.samples += batch_size(micro_batch)
-        if skipped == len(state.outcome.losses):
+            state._graph = loss  # freed only now, the last graph lent this one its leaf nodes
+            parts.append((loss.detach(), weight, scalars))
+            outcome.samples += batch_size(micro_batch)
+        if len(parts) != count:
+            _check_count(len(parts), count)
+        if without_gradient == len(parts):
             _zero_gradients(state)
+
+
+def _check_count(found: int, count: int | None) -> None:
+    if count is not None or not found:
+        raise DataError(
+            f"a window of {count or 'unknown'} micro-batches",
+            f"{found} in it; an iterator can be read once",
+            "a window that holds as many micro-batches as its length says, at least one",
+        )
 
 
 def _zero_gradients(state: TrainState) -> None:
@@ -106,7 +119,7 @@ def _zero_gradients(state: TrainState) -> None:
 
 def divide_by_weight(state: TrainState) -> None:
     """The gradients of the window become those of the one mean over it."""
-    divisor = state.outcome.divisor()
+    divisor = None if state.outcome.length == 1 else state.outcome.divisor()
     if divisor is not None:
         with torch.no_grad():
             torch._foreach_div_([p.grad for p in state.parameters_with_grad()], divisor)
@@ -114,10 +127,10 @@ def divide_by_weight(state: TrainState) -> None:
 
 def gather_votes(state: TrainState) -> Tensor | None:
     """Non-zero where any vote says skip; None where nobody voted."""
-    votes = state.votes()
-    if len(votes) < 2:
-        return votes[0] if votes else None
-    return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
+    votes = state.votes
+    if not votes:
+        return None
+    return torch.stack([vote.to(votes[0].device, torch.float32) for vote in votes]).amax()
 
 
 def apply_update(state: TrainState, recompute: Recompute) -> bool | Tensor:  # noqa: ARG001

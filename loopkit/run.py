@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from types import TracebackType
 from typing import Any
 
@@ -94,24 +93,27 @@ class Run:
         return self.state._data not in (None, self.data)
 
     def _updates(self) -> Iterator[TrainState]:
-        state, step = self.state, self.step
-        most = self.limits.steps or math.inf
-        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        state, step, limits = self.state, self.step, self.limits
+        most = limits.steps or math.inf
+        deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
         self._start()
         with Interruptible() as interrupt:
-            while not self._ended() and time.monotonic() < deadline:
-                with closing(self._epoch()) as epoch:
-                    for batch, last in epoch:
+            while not self._ended() and not _is_past(deadline):
+                whole, before = self._is_whole(), state.step
+                with reading(self.data) as batches:
+                    for batch, last in self._feed(batches):
                         interrupt.busy = True
                         step(state, batch)
-                        state.batch += len(state.outcome.losses)
-                        state.epoch_end = last
+                        state.batch += len(state.outcome.parts)
+                        state.epoch_end = last and whole
                         interrupt.busy = False
                         if interrupt.pending:
                             interrupt.release()
                         yield state
-                        if state.step >= most or time.monotonic() >= deadline:
+                        if state.step >= most or (deadline is not None and _is_past(deadline)):
                             break
+                    else:
+                        self._check_end(batches, some=state.step > before)
                 self._roll_over()
 
     def _start(self) -> None:
@@ -136,23 +138,11 @@ class Run:
     def _is_whole(self) -> bool:
         return self.limits.epochs is None or self.state.epoch + 1 <= self.limits.epochs
 
-    def _epoch(self) -> Iterator[tuple[Any, bool]]:
-        whole, length = self._is_whole(), self.limits.batches_in(self.state.epoch)
-        taken, before = self.state.batch, self.state.step
-        with reading(self.data) as batches:
-            if batches is not self.data:  # an iterator knows itself how far it was read
-                for _ in itertools.islice(batches, taken):
-                    pass
-            for batch, last in self._feed(batches, length, taken):
-                yield batch, last and whole
-            if self.state.step == before:
-                self._dried_up = self._may_dry_up(batches, taken)
-            elif whole and not self.limits.capped:
-                self._check_end(batches, length)
-
-    def _feed(
-        self, batches: Iterator[Any], length: int | None, taken: int
-    ) -> Iterator[tuple[Any, bool]]:
+    def _feed(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        length, taken = self.limits.batches_in(self.state.epoch), self.state.batch
+        if batches is not self.data:  # an iterator knows itself how far it was read
+            for _ in itertools.islice(batches, taken):
+                pass
         sizes, device = functools.partial(self.step.window, self.state), self.state.device
         if known_length(self.data) is not None and length is not None:
             return feed_sized(batches, max(0, length - taken), sizes, device)
@@ -160,15 +150,18 @@ class Run:
             itertools.islice(batches, None if length is None else length - taken), sizes, device
         )
 
-    def _check_end(self, batches: Iterator[Any], length: int | None) -> None:
-        if length is not None and next(batches, self) is not self:
+    def _check_end(self, batches: Iterator[Any], *, some: bool) -> None:
+        length = None if self.limits.capped or not self._is_whole() else known_length(self.data)
+        if not some:
+            self._dried_up = self._may_dry_up(batches)
+        elif length is not None and next(batches, self) is not self:
             raise DataError(
                 f"data with len(data) = {length}",
                 "more batches than that",
                 "data with the true length, or limit_batches",
             )
 
-    def _may_dry_up(self, batches: Iterator[Any], taken: int) -> bool:
+    def _may_dry_up(self, batches: Iterator[Any]) -> bool:
         limits, epoch = self.limits, self.state.epoch
         if batches is self.data and epoch > self._begun_at:
             if limits.epochs is None and limits.steps is None:
@@ -178,7 +171,11 @@ class Run:
                 f"an iterator, which can be read once; it ended before epoch {epoch}",
                 "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
             )
-        raise empty(self.data, f"no batches in epoch {epoch} after the {taken} taken before")
+        raise empty(self.data, f"no batch in epoch {epoch} after {self.state.batch}")
+
+
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 def run(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
+from loopkit.window import MicroBatches
 from loopkit.plain import is_stateful, restore, saveable, saved
 
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
@@ -37,12 +38,15 @@ class TrainState:
         batch: Batches (micro-batches too) that `run` has taken in this epoch.
         samples: Samples taken so far.
         epoch_end: True at the last update of an epoch.
+        lr: Learning rate of the last update, of the first param group.
         applied: False where the last update was skipped; a bool, or a 0-d bool
             tensor where the optimizer decided it on the device (reading it waits).
         output: The mapping that the step function returned last, or None.
         grad_norm: Norm of the gradients before clipping, where something measured it.
         outcome: Losses and weights of the micro-batches of the last update.
         features: What the step's decorators keep, by name.
+        window: The micro-batches of the last update, and how many they are.
+        votes: Inside an update: 0-d tensors, non-zero to skip it; see `skip_if`.
         verdict: Inside an update: 0-d tensor, non-zero where it will be skipped; or None.
 
     Raises:
@@ -71,11 +75,13 @@ class TrainState:
     verdict: Tensor | None
     features: dict[str, Any]
     _metrics: dict[str, Tensor] | None
-    _votes: list[Tensor]
+    votes: list[Tensor]
+    window: MicroBatches
     _pending: dict[str, Any]  # restored for features that no step has set up yet
     _set_up: list[object]  # features whose `prepare` and `init` were run on this state
     _steps: dict[int, object]  # steps that this state was checked against
     _lent: dict[str, Tensor] | None  # the model's own weights, while others are swapped in
+    _graph: object  # the last loss: while it lives, autograd keeps its nodes for the parameters
     _data: object  # what `batch` is a position in; None after a restore: whatever comes next
 
     def __init__(
@@ -87,7 +93,7 @@ class TrainState:
         self.__attrs_init__(  # type: ignore[attr-defined]
             model, optimizer, extras, 0, 0, 0, 0, epoch_end=False, applied=True, output=None,
             grad_norm=None, lr=None, outcome=Outcome(), verdict=None, features={}, metrics=None,
-            votes=[], pending={}, set_up=[], steps={}, lent=None, data=None,
+            votes=[], window=((), 0), pending={}, set_up=[], steps={}, lent=None, graph=None, data=None,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -115,14 +121,16 @@ class TrainState:
             if self.grad_norm is not None:
                 self._metrics["grad_norm"] = self.grad_norm
             if self.lr is not None:
-                self._metrics["lr"] = torch.as_tensor(self.lr)
+                self._metrics["lr"] = torch.as_tensor(self.lr).clone()
         return self._metrics
 
     # What layers of a step use
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are (the first one's device)."""
+        """Where the parameters are (the first one's device)."""
+        if self.optimizer is not None:  # a look-up; model.parameters() walks through modules
+            return self.optimizer.param_groups[0]["params"][0].device  # type: ignore[no-any-return]
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -141,13 +149,9 @@ class TrainState:
             vote: 0-d tensor, true or non-zero to skip. It is not read here, so voting
                 never waits for the device.
         """
-        self._votes.append(vote)
+        self.votes.append(vote.detach())
 
-    def votes(self) -> list[Tensor]:
-        """The votes of this update so far, as 0-d float32 tensors."""
-        return [vote.detach().float() for vote in self._votes]
-
-    def begin_update(self, length: int | None) -> None:
+    def begin_update(self, length: int | None) -> Outcome:
         """Forget the last update, its gradients and votes; start a window of `length`."""
         if self._lent is not None:
             raise CompositionError(
@@ -160,14 +164,8 @@ class TrainState:
                 parameter.grad = None
         self.outcome = Outcome(length=length)
         self.output = self.grad_norm = self.verdict = self._metrics = None
-        self._votes = []
-
-    def count_update(self) -> None:
-        """Advance the clock by the update that was just made or skipped."""
-        self.step += 1
-        self.samples += self.outcome.samples
-        lr = self.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
-        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule refills the tensor
+        self.votes = []
+        return self.outcome
 
     @contextmanager
     def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -246,7 +244,7 @@ class TrainState:
         """
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
-        branch.output, branch._steps, branch._votes = None, {}, []
+        branch.window, branch.output, branch._graph, branch._steps, branch.votes = ((), 0), None, None, {}, []
         branch._set_up = [*self._set_up]
         for name in ("model", "optimizer", "features", "extras", "outcome", "_pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))

@@ -1,6 +1,5 @@
 """The step: features composed round a step function, and what one call of it does."""
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from loopkit.types import (
     Verdict,
     WindowSize,
 )
-from loopkit.window import Window
 
 
 def _chain(place: str, base: Callable[..., Any] | None = None) -> Any:
@@ -88,18 +86,20 @@ class Step:
         """
         if id(self) not in state._steps:
             set_up(self.features, self, state)
-        window = self.split(state, batch)
+        window = state.window = self.split(state, batch)
         self.gradients(state, window)
         self.unscale(state)  # loss scale and window weight leave the gradients here
         self.transform(state)  # clip, noise, norms
         state.verdict = self.verdict(state)
-        state.applied = self.apply(state, functools.partial(self._recompute, state, window))
-        state.count_update()
+        state.applied = self.apply(state, self._recompute)
+        state.step += 1
+        state.samples += state.outcome.samples
+        state.lr = state.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
         self.after(state)  # schedule, averages, scaler
         return state
 
-    def _recompute(self, state: TrainState, window: Window) -> Tensor:
-        self.gradients(state, window)
+    def _recompute(self, state: TrainState) -> Tensor:
+        self.gradients(state, state.window)
         self.unscale(state)
         self.transform(state)
         return state.loss

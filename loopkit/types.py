@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from loopkit.state import TrainState
-from loopkit.window import Window
+from loopkit.window import MicroBatches
 
 Output = Any
 """What a step function returns: a 0-d loss, or a mapping that holds it under "loss"."""
@@ -15,16 +15,16 @@ Output = Any
 StepFunction = Callable[[TrainState, Any], Output]
 """What users write: state and batch in, loss or mapping out."""
 
-Recompute = Callable[[], Tensor]
-"""Runs the gradients of the update again and returns the loss."""
+Recompute = Callable[[TrainState], Tensor]
+"""Computes the gradients of the update again and returns the loss."""
 
 WindowSize = Callable[[TrainState], int | None]
 """`window`: micro-batches of the next update; None where the step takes bare batches."""
 
-Split = Callable[[TrainState, Any], Window]
-"""`split`: the window of micro-batches that a batch stands for."""
+Split = Callable[[TrainState, Any], MicroBatches]
+"""`split`: the micro-batches that a batch stands for, and how many."""
 
-GradientsOf = Callable[[TrainState, Window], None]
+GradientsOf = Callable[[TrainState, MicroBatches], None]
 """`gradients`: leave the gradients of the window's mean loss in `.grad`."""
 
 Around = Callable[[TrainState, bool], AbstractContextManager[Any]]

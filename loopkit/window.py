@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from loopkit.errors import DataError, UsageError
+from loopkit.errors import UsageError
 
 
 def _length_of(batches: Iterable[Any]) -> int | None:
@@ -49,44 +49,52 @@ class Window:
                 "a window of at least one micro-batch; skip the update where there is none",
             )
 
-    def marked(self) -> Iterator[tuple[Any, bool]]:
-        """Each micro-batch with a flag that is true at the last one.
+    def micro_batches(self) -> "MicroBatches":
+        """The micro-batches and their number, as the `gradients` of a step take them.
 
         A window of unknown length is read one micro-batch ahead, to know its last.
-
-        Raises:
-            DataError: If the window holds none, or not as many as its length says.
         """
-        return _marked_to(self) if self.length is not None else _marked_ahead(self)
+        if self.length is None:
+            return Ahead(iter(self.batches)), None
+        return self.batches, self.length
 
 
-def _marked_to(window: Window) -> Iterator[tuple[Any, bool]]:
-    seen = 0
-    for batch in window.batches:
-        seen += 1
-        yield batch, seen == window.length
-    if seen != window.length:
-        raise DataError(
-            f"Window(batches, length={window.length})",
-            f"{seen} micro-batches in it; a window can be read once if its batches can",
-            "the true length, or none at all for a window that is read to its end",
-        )
+MicroBatches = tuple[Iterable[Any], int | None]
+"""What a call of a step computes on: micro-batches, and how many if that is known."""
 
 
-def _marked_ahead(window: Window) -> Iterator[tuple[Any, bool]]:
-    batches = iter(window.batches)
-    end = object()
-    batch = next(batches, end)
-    if batch is end:
-        raise DataError(
-            "Window(batches)",
-            "no micro-batch in it",
-            "a window of at least one; an iterator that was read before is empty",
-        )
-    while batch is not end:
-        following = next(batches, end)
-        yield batch, following is end
-        batch = following
+class Ahead:
+    """An iterator that knows when it has given its last item.
+
+    Attributes:
+        at_end: Whether nothing follows.
+
+    Example:
+        >>> items = Ahead(iter("ab"))
+        >>> [(item, items.at_end) for item in items]
+        [('a', False), ('b', True)]
+    """
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self._take()
+
+    def _take(self) -> None:
+        self.at_end = False
+        try:
+            self._next = next(self._items)
+        except StopIteration:
+            self.at_end, self._next = True, None
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        if self.at_end:
+            raise StopIteration
+        item = self._next
+        self._take()
+        return item
 
 
 def windows(data: Iterable[Any], n: int) -> Iterator[Window]:

@@ -9,7 +9,7 @@ from loopkit.check import at_least_one
 from loopkit.compose import Decorator, own
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
-from loopkit.window import Window
+from loopkit.window import MicroBatches, Window
 
 WindowSchedule = int | Mapping[int, int] | Callable[[TrainState], int]
 
@@ -35,8 +35,8 @@ class TakeWindow:
 
     n: WindowSchedule
 
-    def __call__(self, state: TrainState, batch: Any) -> Window:  # noqa: ARG002
-        """The window itself."""
+    def __call__(self, state: TrainState, batch: Any) -> MicroBatches:  # noqa: ARG002
+        """The window's micro-batches."""
         if not isinstance(batch, Window):
             raise UsageError(
                 "step(state, batch)",
@@ -44,7 +44,7 @@ class TakeWindow:
                 "for window in lk.windows(loader, n): step(state, window), or"
                 " step(state, lk.Window([batch, ...])); lk.run makes the windows itself",
             )
-        return batch
+        return batch.micro_batches()
 
 
 def with_grad_accum(n: WindowSchedule) -> Decorator:

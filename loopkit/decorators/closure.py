@@ -8,7 +8,7 @@ from torch import Tensor
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.state import TrainState
 from loopkit.types import Recompute, Split
-from loopkit.window import Window
+from loopkit.window import MicroBatches
 
 
 @attrs.frozen
@@ -17,9 +17,11 @@ class KeepMicroBatches:
 
     inner: Split
 
-    def __call__(self, state: TrainState, batch: Any) -> Window:
-        """A window that can be read more than once."""
-        return Window(list(self.inner(state, batch).batches))
+    def __call__(self, state: TrainState, batch: Any) -> MicroBatches:
+        """Micro-batches that can be read more than once."""
+        micro_batches, _ = self.inner(state, batch)
+        kept = [*micro_batches]
+        return kept, len(kept)
 
 
 @attrs.frozen
@@ -32,7 +34,7 @@ class StepWithClosure:
             return False
         computed = [state.loss]
         optimizer: Any = state.optimizer
-        optimizer.step(lambda: computed.pop() if computed else recompute())
+        optimizer.step(lambda: computed.pop() if computed else recompute(state))
         return True
 
 
