@@ -13,13 +13,11 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
+import loopkit as lk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import loopkit as lk
 
 ROUNDS, UPDATES, WINDOW = 60, 100, 4
 Batches = list[tuple[Tensor, Tensor]]
@@ -130,9 +128,27 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     batches = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(64)]
-    compare("plain", lambda: plain_by_hand(batches), lambda: with_loopkit(batches), args.rounds, args.updates)
-    compare("full", lambda: full_by_hand(batches), lambda: with_loopkit(batches, FULL), args.rounds, args.updates)
-    compare("noise", lambda: plain_by_hand(batches), lambda: plain_by_hand(batches), args.rounds, args.updates)
+    compare(
+        "plain",
+        lambda: plain_by_hand(batches),
+        lambda: with_loopkit(batches),
+        args.rounds,
+        args.updates,
+    )
+    compare(
+        "full",
+        lambda: full_by_hand(batches),
+        lambda: with_loopkit(batches, FULL),
+        args.rounds,
+        args.updates,
+    )
+    compare(
+        "noise",
+        lambda: plain_by_hand(batches),
+        lambda: plain_by_hand(batches),
+        args.rounds,
+        args.updates,
+    )
 
 
 if __name__ == "__main__":

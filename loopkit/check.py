@@ -35,7 +35,9 @@ def fraction(call: str, name: str, value: object) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not 0 <= number <= 1:
         raise UsageError(
-            call, f"{name} = {value!r:.60} ({type(value).__name__})", f"{name}: a number from 0 to 1"
+            call,
+            f"{name} = {value!r:.60} ({type(value).__name__})",
+            f"{name}: a number from 0 to 1",
         )
     return float(number)
 
@@ -68,5 +70,7 @@ def one_of(call: str, name: str, value: object, choices: tuple[str, ...]) -> str
         'a'
     """
     if value not in choices:
-        raise UsageError(call, f"{name} = {value!r:.60}", f"{name}: {' or '.join(map(repr, choices))}")
+        raise UsageError(
+            call, f"{name} = {value!r:.60}", f"{name}: {' or '.join(map(repr, choices))}"
+        )
     return str(value)

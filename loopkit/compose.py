@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from loopkit.errors import CompositionError, UsageError
+from loopkit.errors import CompositionError
 from loopkit.feature import Feature, name_of
 from loopkit.places import PLACES, SET_UP
 from loopkit.step import Step, describe
@@ -29,9 +29,8 @@ class Decorator:
         return Step(inner.function, inner.features + self.features)
 
     def __repr__(self) -> str:
-        return f"compose({', '.join(map(repr, self.features))})" if len(self.features) != 1 else (
-            self.features[0].name
-        )
+        names = [*dict.fromkeys(feature.name for feature in self.features)]
+        return names[0] if len(names) == 1 else f"compose({', '.join(reversed(names))})"
 
 
 def train_step(function: Step | StepFunction) -> Step:

@@ -31,7 +31,9 @@ def device(name: str = "auto") -> torch.device:
     wanted = _parsed(name)
     there = {"cpu", "meta"} | ({accelerator.type} if accelerator else set())
     count = torch.accelerator.device_count() if accelerator else 0
-    if wanted.type not in there or (wanted.type not in {"cpu", "meta"} and (wanted.index or 0) >= count):
+    if wanted.type not in there or (
+        wanted.type not in {"cpu", "meta"} and (wanted.index or 0) >= count
+    ):
         raise UsageError(
             f"lk.device({name!r})",
             f"no such device here (accelerator: {accelerator}, {count} of it)",

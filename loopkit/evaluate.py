@@ -16,8 +16,8 @@ from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
 from loopkit.modes import evaluating, untouched_rng
 from loopkit.nested import batch_size
-from loopkit.output import read_weight
 from loopkit.outcome import Weight
+from loopkit.output import read_weight
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -91,7 +91,9 @@ def evaluate(
     scores: dict[str, float] = {}
     with untouched_rng(state.device):
         for name, loader in named.items():
-            outputs = outputs_of(lifted, state, loader, limit_batches, inference_mode=inference_mode)
+            outputs = outputs_of(
+                lifted, state, loader, limit_batches, inference_mode=inference_mode
+            )
             found = _measure(outputs, measures, state.device)
             scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
     return scores
@@ -152,7 +154,8 @@ def _mapping_of(output: Any) -> Mapping[str, Any]:
         return {"loss": output}
     raise OutputError(
         "an eval step's return",
-        f"a {type(output).__name__}" + (f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""),
+        f"a {type(output).__name__}"
+        + (f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""),
         'a 0-d loss, or a mapping: {"loss": ..., "preds": ..., "target": ...}',
     )
 

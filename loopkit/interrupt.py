@@ -28,7 +28,10 @@ class Interruptible:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self.busy = False
         if self._previous is not None and signal.getsignal(signal.SIGINT) == self._handle:

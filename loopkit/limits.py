@@ -78,7 +78,9 @@ def batch_limit(data: Any, limit: float | None) -> int | None:
     if isinstance(limit, float):
         if not 0 < limit <= 1:
             raise UsageError(
-                f"limit_batches={limit}", f"a fraction of {limit}", "a fraction in (0, 1], or an int"
+                f"limit_batches={limit}",
+                f"a fraction of {limit}",
+                "a fraction in (0, 1], or an int",
             )
         if length is None:
             raise UsageError(
@@ -119,7 +121,9 @@ class Limits:
         limit_batches: float | None,
     ) -> "Limits":
         """Read and check what the user wrote."""
-        epochs = None if max_epochs is None else positive(f"{max_epochs=}", "max_epochs", max_epochs)
+        epochs = (
+            None if max_epochs is None else positive(f"{max_epochs=}", "max_epochs", max_epochs)
+        )
         steps = None if max_steps is None else at_least_one(f"{max_steps=}", "max_steps", max_steps)
         epochs = None if epochs == math.inf else epochs
         batches = batch_limit(data, limit_batches)
@@ -148,5 +152,5 @@ def empty(data: Any, found: str) -> DataError:
     return DataError(
         f"data of type {type(data).__name__}",
         found,
-        "data with at least one batch; drop_last=True leaves none of a dataset smaller than a batch",
+        "data with at least one batch; drop_last=True leaves none of fewer samples than a batch",
     )

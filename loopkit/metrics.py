@@ -103,13 +103,17 @@ def meters(metrics: Any) -> list[Meter]:
     raise UsageError(
         f"evaluate(..., metrics={metrics!r:.60})",
         f"a {type(metrics).__name__}",
-        'a torchmetrics Metric or MetricCollection, or a mapping: {"accuracy": MulticlassAccuracy(10)}',
+        'a torchmetrics Metric or MetricCollection, or {"accuracy": MulticlassAccuracy(10)}',
     )
 
 
 def _meter(name: str, given: Any) -> Meter:
-    metric, keys = (given[0], given[1:]) if isinstance(given, tuple) and given else (given, ARGUMENTS)
-    if not (callable(metric) or hasattr(metric, "update")) or not all(isinstance(k, str) for k in keys):
+    metric, keys = (
+        (given[0], given[1:]) if isinstance(given, tuple) and given else (given, ARGUMENTS)
+    )
+    if not (callable(metric) or hasattr(metric, "update")) or not all(
+        isinstance(k, str) for k in keys
+    ):
         raise UsageError(
             f"evaluate(..., metrics={{{name!r}: {given!r:.60}}})",
             f"a {type(given).__name__}",

@@ -19,7 +19,10 @@ def evaluating(state: TrainState, *, inference_mode: bool = True) -> Iterator[No
         state: Its model, and the modules among its extras.
         inference_mode: `torch.inference_mode`, else `torch.no_grad`.
     """
-    roots = [state.model, *(extra for extra in state.extras.values() if isinstance(extra, nn.Module))]
+    roots = [
+        state.model,
+        *(extra for extra in state.extras.values() if isinstance(extra, nn.Module)),
+    ]
     modes = {module: module.training for root in roots for module in root.modules()}
     try:
         for module in modes:
@@ -33,7 +36,7 @@ def evaluating(state: TrainState, *, inference_mode: bool = True) -> Iterator[No
 
 @contextmanager
 def untouched_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random number generators as they were: a shuffled loader, or a sampling model, draws."""
+    """Leave torch's random numbers as they were; a loader draws some, shuffled or not."""
     devices = [] if device.type in {"cpu", "meta"} else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         yield

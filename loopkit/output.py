@@ -11,7 +11,7 @@ from loopkit.errors import OutputError
 from loopkit.outcome import Weight
 
 _NO_SCALARS: Mapping[str, Tensor] = {}
-RETURNS = "a 0-d loss tensor, or a mapping that holds it under \"loss\""
+RETURNS = 'a 0-d loss tensor, or a mapping that holds it under "loss"'
 
 
 def read_output(
@@ -50,11 +50,15 @@ def scalars_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _refuse_loss(loss: Any, output: Any) -> NoReturn:
     if not isinstance(loss, Tensor):
-        found = sorted(map(str, output)) if loss is None else f'"loss" of type {type(loss).__name__}'
+        found = (
+            sorted(map(str, output)) if loss is None else f'"loss" of type {type(loss).__name__}'
+        )
         raise OutputError("a step function that returns a mapping", f"{found}", RETURNS)
     if loss.ndim:
         raise OutputError(
-            "a step function's loss", f"a tensor of shape {tuple(loss.shape)}", "loss.mean(), a scalar"
+            "a step function's loss",
+            f"a tensor of shape {tuple(loss.shape)}",
+            "loss.mean(), a scalar",
         )
     raise OutputError(
         "a step function's loss",

@@ -56,7 +56,7 @@ def whole_batch(state: TrainState, batch: Any) -> MicroBatches:  # noqa: ARG001
 _NO_CONTEXT = nullcontext()
 
 
-def no_context(state: TrainState, last: bool) -> AbstractContextManager[None]:  # noqa: ARG001, FBT001
+def no_context(state: TrainState, last: bool) -> AbstractContextManager[None]:  # noqa: ARG001
     """Nothing is entered."""
     return _NO_CONTEXT
 
@@ -92,7 +92,7 @@ class Gradients:
                     without_gradient += 1
                 else:
                     self.backward(state, share)
-            state._graph = loss  # freed only now, the last graph lent this one its leaf nodes
+            state.graph = loss  # freed only now, the last graph lent this one its leaf nodes
             parts.append((loss.detach(), weight, scalars))
             outcome.samples += batch_size(micro_batch)
         if len(parts) != count:
@@ -122,7 +122,7 @@ def divide_by_weight(state: TrainState) -> None:
     divisor = None if state.outcome.length == 1 else state.outcome.divisor()
     if divisor is not None:
         with torch.no_grad():
-            torch._foreach_div_([p.grad for p in state.parameters_with_grad()], divisor)
+            torch._foreach_div_(state.gradients(), divisor)
 
 
 def gather_votes(state: TrainState) -> Tensor | None:

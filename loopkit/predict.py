@@ -48,7 +48,5 @@ def predict(
             "a loader that shuffles, so that predictions would not be in dataset order",
             "DataLoader(dataset, shuffle=False)",
         )
-    outputs = outputs_of(
-        eval_step(step), state, data, limit_batches, inference_mode=inference_mode
-    )
+    outputs = outputs_of(eval_step(step), state, data, limit_batches, inference_mode=inference_mode)
     return (output for _, output in outputs)

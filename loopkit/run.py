@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
         self.step, self.state, self.data, self.limits = step, state, data, limits
-        self._iterator = self._updates()
+        self._iterator: Generator[TrainState] = self._updates()
 
     def __iter__(self) -> Iterator[TrainState]:
         return self._iterator
@@ -58,7 +58,10 @@ class Run:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -90,9 +93,9 @@ class Run:
         return clock.step
 
     def _is_other_data(self) -> bool:
-        return self.state._data not in (None, self.data)
+        return self.state.data not in (None, self.data)
 
-    def _updates(self) -> Iterator[TrainState]:
+    def _updates(self) -> Generator[TrainState]:
         state, step, limits = self.state, self.step, self.limits
         most = limits.steps or math.inf
         deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -120,7 +123,7 @@ class Run:
         self._roll_over()
         if self._is_other_data():
             self.state.batch = 0
-        self.state._data = self.data
+        self.state.data = self.data
         self._begun_at, self._dried_up = self.state.epoch, False
 
     def _roll_over(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from loopkit.errors import UsageError
 
 
-def seed_everything(seed: int, workers: bool = True) -> torch.Generator | None:  # noqa: FBT001, FBT002
+def seed_everything(seed: int, workers: bool = True) -> torch.Generator | None:
     """Seed Python, NumPy, and torch on every device.
 
     DataLoader workers take their seeds from torch's generator, each its own, for

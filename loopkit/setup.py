@@ -24,10 +24,12 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
         )
     if state.optimizer is None:
         raise UsageError(
-            "step(state, batch)", f"{state!r}, a state to evaluate", "lk.TrainState(model, optimizer)"
+            "step(state, batch)",
+            f"{state!r}, a state to evaluate",
+            "lk.TrainState(model, optimizer)",
         )
     _check_names(features, state)
-    new = [feature for feature in features if feature not in state._set_up]
+    new = [feature for feature in features if feature not in state.set_up]
     for feature in new:
         if feature.prepare is not None:
             feature.prepare(state)
@@ -38,19 +40,19 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
     for feature in new:
         for name, make in feature.init.items():
             _keep(state, name, make(state))
-    state._set_up.extend(new)
-    state._steps[id(step)] = step
+    state.set_up.extend(new)
+    state.attached[id(step)] = step
 
 
 def _keep(state: TrainState, name: str, made: object) -> None:
     state.features[name] = made
-    if name in state._pending:
-        restore(state.features, {name: state._pending.pop(name)})
+    if name in state.pending:
+        restore(state.features, {name: state.pending.pop(name)})
 
 
 def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:
     names = {name for feature in features for name in feature.init}
-    held = {*state.features, *state._pending}
+    held = {*state.features, *state.pending}
     if extra := sorted(held - names):
         raise CompositionError(
             "step(state, batch)",
@@ -60,8 +62,8 @@ def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:
         )
     for feature in features:
         for name in feature.init:
-            if name in state.features and feature not in state._set_up:
-                others = [f.name for f in state._set_up if isinstance(f, Feature) and name in f.init]
+            if name in state.features and feature not in state.set_up:
+                others = [f.name for f in state.set_up if isinstance(f, Feature) and name in f.init]
                 raise CompositionError(
                     f"{feature.name} on a state",
                     f"{name!r} kept there already by {others[0]}, with other settings",

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
+from loopkit.plain import restore, saveable, saved
 from loopkit.window import MicroBatches
-from loopkit.plain import is_stateful, restore, saveable, saved
 
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
 
@@ -62,39 +62,34 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer | None
     extras: dict[str, Any]
-    step: int
-    epoch: int
-    batch: int
-    samples: int
-    epoch_end: bool
-    applied: bool | Tensor
-    output: Mapping[str, Any] | None
-    grad_norm: Tensor | None
-    lr: float | Tensor | None
-    outcome: Outcome
-    verdict: Tensor | None
-    features: dict[str, Any]
-    _metrics: dict[str, Tensor] | None
-    votes: list[Tensor]
-    window: MicroBatches
-    _pending: dict[str, Any]  # restored for features that no step has set up yet
-    _set_up: list[object]  # features whose `prepare` and `init` were run on this state
-    _steps: dict[int, object]  # steps that this state was checked against
-    _lent: dict[str, Tensor] | None  # the model's own weights, while others are swapped in
-    _graph: object  # the last loss: while it lives, autograd keeps its nodes for the parameters
-    _data: object  # what `batch` is a position in; None after a restore: whatever comes next
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    samples: int = 0
+    epoch_end: bool = False
+    applied: bool | Tensor = True
+    output: Mapping[str, Any] | None = None
+    grad_norm: Tensor | None = None
+    lr: float | Tensor | None = None
+    outcome: Outcome = attrs.field(factory=Outcome)
+    window: MicroBatches = ((), 0)
+    votes: list[Tensor] = attrs.field(factory=list)
+    verdict: Tensor | None = None
+    features: dict[str, Any] = attrs.field(factory=dict)
+    # Bookkeeping of steps and runs
+    pending: dict[str, Any] = attrs.field(factory=dict)  # restored before its feature was set up
+    set_up: list[object] = attrs.field(factory=list)  # features whose set-up was run on this state
+    attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
+    graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
+    data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
+    _metrics: dict[str, Tensor] | None = None
+    _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None = None, **extras: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, **extras: Any) -> None:
         _check_model(model)
         if optimizer is not None:
             _check_optimizer(model, optimizer)
-        self.__attrs_init__(  # type: ignore[attr-defined]
-            model, optimizer, extras, 0, 0, 0, 0, epoch_end=False, applied=True, output=None,
-            grad_norm=None, lr=None, outcome=Outcome(), verdict=None, features={}, metrics=None,
-            votes=[], window=((), 0), pending={}, set_up=[], steps={}, lent=None, graph=None, data=None,
-        )  # fmt: skip
+        self.__attrs_init__(model, optimizer, extras)
 
     def __repr__(self) -> str:
         optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer).__name__
@@ -142,6 +137,14 @@ class TrainState:
         """Those of the optimizer's parameters that have a gradient now."""
         return [p for p in self.parameters() if p.grad is not None]
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients that the optimizer's parameters have now."""
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+    def kept(self, name: str) -> Any:
+        """What a feature keeps under `name`, or what was restored for it; None if neither."""
+        return self.features.get(name, self.pending.get(name))
+
     def skip_if(self, vote: Tensor) -> None:
         """Vote to skip this update; one vote is enough, and all ranks follow it.
 
@@ -153,7 +156,7 @@ class TrainState:
 
     def begin_update(self, length: int | None) -> Outcome:
         """Forget the last update, its gradients and votes; start a window of `length`."""
-        if self._lent is not None:
+        if self._own is not None:
             raise CompositionError(
                 "a step inside `with lk.ema_weights(state)`",
                 "other weights in the model's place, which an update would be lost on",
@@ -177,21 +180,23 @@ class TrainState:
         Args:
             weights: By parameter name; parameters that are not named stay.
         """
-        if self._lent is not None:
+        if self._own is not None:
             raise CompositionError(
-                "state.swapped(weights)", "weights that are swapped in already", "one swap at a time"
+                "state.swapped(weights)",
+                "weights that are swapped in already",
+                "one swap at a time",
             )
-        own = {n: p for n, p in self.model.named_parameters() if n in weights}
+        mine = {n: p for n, p in self.model.named_parameters() if n in weights}
         with torch.no_grad():
-            self._lent = {name: parameter.detach().clone() for name, parameter in own.items()}
+            self._own = {name: parameter.detach().clone() for name, parameter in mine.items()}
             try:
-                for name, parameter in own.items():
+                for name, parameter in mine.items():
                     parameter.copy_(weights[name])
                 yield
             finally:
-                for name, parameter in own.items():
-                    parameter.copy_(self._lent[name])
-                self._lent = None
+                for name, parameter in mine.items():
+                    parameter.copy_(self._own[name])
+                self._own = None
 
     # Saving and branching
 
@@ -199,10 +204,10 @@ class TrainState:
         """Everything that training needs to go on: model, optimizer, clock, features, extras."""
         model = self.model.state_dict()
         return {
-            "model": {**model, **{k: v for k, v in (self._lent or {}).items() if k in model}},
+            "model": {**model, **{k: v for k, v in (self._own or {}).items() if k in model}},
             "optimizer": saved(self.optimizer) if self.optimizer is not None else None,
             "clock": {name: getattr(self, name) for name in CLOCK},
-            "features": self._pending | {k: saved(v) for k, v in self.features.items()},
+            "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
         }
 
@@ -226,10 +231,10 @@ class TrainState:
             self.optimizer.load_state_dict(state_dict["optimizer"])
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
-        self._data = None
+        self.data = None
         pending = copy.deepcopy(dict(state_dict["features"]))
         restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
-        self._pending = pending
+        self.pending = pending
         restore(self.extras, state_dict["extras"])
 
     def snapshot(self) -> "TrainState":
@@ -244,9 +249,15 @@ class TrainState:
         """
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
-        branch.window, branch.output, branch._graph, branch._steps, branch.votes = ((), 0), None, None, {}, []
-        branch._set_up = [*self._set_up]
-        for name in ("model", "optimizer", "features", "extras", "outcome", "_pending"):
+        branch.window, branch.output, branch.graph, branch.attached, branch.votes = (
+            ((), 0),
+            None,
+            None,
+            {},
+            [],
+        )
+        branch.set_up = [*self.set_up]
+        for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
         if branch.optimizer is not None:
             # A torch scheduler puts a wrapper of the first optimizer's `step` on the instance
@@ -265,7 +276,7 @@ def _check_model(model: object) -> None:
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    if not (hasattr(optimizer, "param_groups") and is_stateful(optimizer)):
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state_dict"):
         raise UsageError(
             "lk.TrainState(model, optimizer)",
             f"an optimizer of type {type(optimizer).__name__}",
@@ -276,6 +287,6 @@ def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
     if own and not any(id(parameter) in own for parameter in held):
         raise UsageError(
             "lk.TrainState(model, optimizer)",
-            f"{len(held)} parameters in the optimizer, and none of them among the model's {len(own)}",
+            f"{len(held)} parameters in the optimizer, none of them among the model's {len(own)}",
             "an optimizer over model.parameters(), made from this very model",
         )

@@ -32,7 +32,7 @@ def _chain(place: str, base: Callable[..., Any] | None = None) -> Any:
 
     def build(step: "Step") -> Any:
         owners = [feature.owns[place] for feature in step.features if place in feature.owns]
-        inner = owners[0] if owners else base or step._base(place)
+        inner = owners[0] if owners else base or step.base_of(place)
         for feature in reversed(step.features):
             if place in feature.wraps:
                 inner = feature.wraps[place](inner)
@@ -58,7 +58,7 @@ class Step:
     """
 
     function: StepFunction
-    features: tuple[Feature, ...] = attrs.field(default=(), converter=tuple)
+    features: tuple[Feature, ...] = ()
     window: WindowSize = _chain("window", places.no_window)
     split: Split = _chain("split", places.whole_batch)
     around: Around = _chain("around", places.no_context)
@@ -84,7 +84,7 @@ class Step:
         Returns:
             The same state.
         """
-        if id(self) not in state._steps:
+        if id(self) not in state.attached:
             set_up(self.features, self, state)
         window = state.window = self.split(state, batch)
         self.gradients(state, window)
@@ -104,13 +104,15 @@ class Step:
         self.transform(state)
         return state.loss
 
-    def _base(self, place: str) -> Any:
+    def base_of(self, place: str) -> Any:
+        """What stands in a place that is made of the step's own parts."""
         if place == "forward":
             return self.function
         return places.Gradients(self.around, self.forward, self.backward)
 
     def __repr__(self) -> str:
-        return f"Step({', '.join([name_of_function(self), *map(repr, self.features)])})"
+        names = dict.fromkeys(feature.name for feature in self.features)
+        return f"Step({', '.join([name_of_function(self), *names])})"
 
     def __str__(self) -> str:
         return describe(self)

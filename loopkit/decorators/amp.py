@@ -50,9 +50,11 @@ class UnscaleGradients:
     def __call__(self, state: TrainState) -> None:
         """Unscale, vote, then go on."""
         scaler, optimizer = state.features[KEPT_AS], state.optimizer
-        scaler._per_optimizer_states.clear()  # of an update that an exception cut short
+        # GradScaler has no public way to forget an update that an exception cut short, nor
+        # to tell what it found without waiting for it.
+        scaler._per_optimizer_states.clear()  # noqa: SLF001
         scaler.unscale_(optimizer)
-        for overflowed in scaler._found_inf_per_device(optimizer).values():
+        for overflowed in scaler._found_inf_per_device(optimizer).values():  # noqa: SLF001
             state.skip_if(overflowed)
         self.inner(state)
 

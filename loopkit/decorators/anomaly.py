@@ -19,12 +19,12 @@ class DetectAnomaly:
     inner: Around
     check_nan: bool
 
-    def __call__(self, state: TrainState, last: bool) -> AbstractContextManager[None]:  # noqa: FBT001
+    def __call__(self, state: TrainState, last: bool) -> AbstractContextManager[None]:
         """Anomaly detection round the micro-batch."""
         return self._entered(state, last)
 
     @contextmanager
-    def _entered(self, state: TrainState, last: bool) -> Iterator[None]:  # noqa: FBT001
+    def _entered(self, state: TrainState, last: bool) -> Iterator[None]:
         with torch.autograd.set_detect_anomaly(True, self.check_nan), self.inner(state, last):
             yield
 

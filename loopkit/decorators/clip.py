@@ -61,7 +61,11 @@ def with_clip(max_norm: float, *, norm_type: float = 2.0) -> Decorator:
 
     Source: https://arxiv.org/abs/1211.5063
     """
-    name = f"with_clip({max_norm})" if norm_type == 2 else f"with_clip({max_norm}, norm_type={norm_type})"
+    name = (
+        f"with_clip({max_norm})"
+        if norm_type == 2
+        else f"with_clip({max_norm}, norm_type={norm_type})"
+    )
     settings = positive(name, "max_norm", max_norm), positive(name, "norm_type", norm_type)
     layer = functools.partial(ClipNorm, max_norm=settings[0], norm_type=settings[1])
     return wrap(name=name, transform=layer)

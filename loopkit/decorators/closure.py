@@ -3,7 +3,6 @@
 from typing import Any
 
 import attrs
-from torch import Tensor
 
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.state import TrainState

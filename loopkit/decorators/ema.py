@@ -102,12 +102,11 @@ def ema_weights(state: TrainState, name: str = "ema") -> AbstractContextManager[
     Raises:
         UsageError: If the state keeps no averages under that name.
     """
-    if name in state.features:
-        return state.swapped(state.features[name].weights)
-    if name in state._pending:  # restored, and not trained yet
-        return state.swapped(state._pending[name])
+    kept = state.kept(name)
+    if kept is not None:  # the restored weights of a state that was not trained yet are plain
+        return state.swapped(kept.weights if isinstance(kept, Averages) else kept)
     raise UsageError(
         f"lk.ema_weights(state, {name!r})",
-        f"a state that keeps {sorted({*state.features, *state._pending})}",
+        f"a state that keeps {sorted({*state.features, *state.pending})}",
         "@lk.with_ema(0.999) on the step, and at least one update before",
     )

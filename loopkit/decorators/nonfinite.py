@@ -24,8 +24,7 @@ class VoteOnFinite:
     def __call__(self, state: TrainState) -> None:
         """Vote, then go on."""
         # The largest element: unlike the 2-norm it does not overflow where no gradient did.
-        grads = [p.grad for p in state.parameters_with_grad() if p.grad is not None]
-        largest = get_total_norm(grads, norm_type=float("inf"))
+        largest = get_total_norm(state.gradients(), norm_type=float("inf"))
         state.skip_if(~(torch.isfinite(largest) & torch.isfinite(state.loss).to(largest.device)))
         self.inner(state)
 
@@ -41,7 +40,7 @@ class RaiseOnVote:
         if state.verdict is not None and state.verdict.item():
             raise NonFiniteError(
                 f'with_nonfinite("raise") at update {state.step + 1}',
-                f"loss {state.loss.item()}, and gradients that are not finite in {_culprits(state)}",
+                f"loss {state.loss.item()}, and non-finite gradients in {_culprits(state)}",
                 "a lower learning rate, with_clip, or bf16; with_nonfinite('skip') to go on; the"
                 " weights are as they were after the update before",
             )

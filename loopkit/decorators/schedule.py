@@ -70,6 +70,8 @@ class StepScheduler:
     def __call__(self, state: TrainState) -> None:
         """Step it, then go on."""
         if state.applied:
+            if isinstance(state.lr, Tensor):  # which the scheduler overwrites
+                state.lr = state.lr.clone()
             state.features[self.name].step()
         self.inner(state)
 
@@ -105,11 +107,15 @@ def with_schedule(
     if scheduler is not None:
         if values:
             raise UsageError(
-                call, f"a torch scheduler and {sorted(values)}", "one or the other; two decorators for both"
+                call,
+                f"a torch scheduler and {sorted(values)}",
+                "one or the other; two decorators for both",
             )
         return _with_torch_scheduler(scheduler, name)
     if not values:
-        raise UsageError(call, "no schedule", "with_schedule(lr=f) or with_schedule(torch_scheduler)")
+        raise UsageError(
+            call, "no schedule", "with_schedule(lr=f) or with_schedule(torch_scheduler)"
+        )
     schedules = tuple((key, _checked(call, key, value)) for key, value in values.items())
     layer = functools.partial(SetValues, schedules=schedules, name=name)
     make = functools.partial(_make_count, call=call, schedules=schedules)
@@ -145,13 +151,17 @@ def _make_count(
             )
         if not callable(schedule) and len(schedule) != len(groups):
             raise UsageError(
-                call, f"{len(schedule)} schedules for {len(groups)} param groups", "one for each group"
+                call,
+                f"{len(schedule)} schedules for {len(groups)} param groups",
+                "one for each group",
             )
     return Count()
 
 
 def _make_scheduler(state: TrainState, call: str, scheduler: Any) -> LRScheduler:
-    made: LRScheduler = scheduler if isinstance(scheduler, LRScheduler) else scheduler(state.optimizer)
+    made: LRScheduler = (
+        scheduler if isinstance(scheduler, LRScheduler) else scheduler(state.optimizer)
+    )
     if made.optimizer is not state.optimizer:
         raise UsageError(
             call, "a scheduler over another optimizer", "a scheduler made from state.optimizer"
@@ -165,7 +175,9 @@ def _checked(call: str, key: str, value: Any) -> Schedule | tuple[Schedule, ...]
     if isinstance(value, Sequence) and value and all(map(callable, value)):
         return tuple(value)
     raise UsageError(
-        call, f"{key} = {value!r:.60}", f"{key}: a function of the update count, or one for each group"
+        call,
+        f"{key} = {value!r:.60}",
+        f"{key}: a function of the update count, or one for each group",
     )
 
 
