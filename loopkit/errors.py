@@ -44,3 +44,15 @@ class DataError(LoopkitError, ValueError):
 
 class NonFiniteError(LoopkitError, ArithmeticError):
     """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""
+
+
+class CheckpointError(LoopkitError, RuntimeError):
+    """A checkpoint cannot be written, found, or used for this state."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint on disk is not what was written."""
+
+
+class CheckpointWarning(UserWarning):
+    """Training goes on, but not from where, or not with the copies, that one would expect."""
