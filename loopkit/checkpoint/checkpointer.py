@@ -8,27 +8,24 @@ from typing import Any
 
 import attrs
 from loguru import logger
-from torch import Tensor
 
 from loopkit.check import at_least_one, one_of
-from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.disk import is_folder
 from loopkit.checkpoint.every import Every, Interval
 from loopkit.checkpoint.folder import (
     Broken,
     Checkpoint,
+    Retention,
     contents,
-    expendable,
     ranked,
     read_checkpoint,
 )
-from loopkit.checkpoint.lock import Lock
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
+from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving
-from loopkit.checkpoint.snapshot import Scores, Snapshot, checked_scores, take
-from loopkit.checkpoint.writer import Writer
-from loopkit.errors import CheckpointError, CheckpointWarning, LoopkitError, UsageError
+from loopkit.checkpoint.snapshot import Scores, checked_scores
+from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.state import TrainState
 
 
@@ -71,7 +68,6 @@ class Checkpointer:
 
     Attributes:
         restored: What the state was restored from, what was damaged, and what it changed.
-        failures: Saves in a row that could not be written.
 
     Raises:
         UsageError: For a setting that cannot be right.
@@ -96,15 +92,16 @@ class Checkpointer:
     async_save: bool = attrs.field(default=True, kw_only=True)
     options: CheckpointOptions = attrs.field(factory=CheckpointOptions, kw_only=True)
     restored: Restored | None = attrs.field(default=None, init=False, repr=False)
-    failures: int = attrs.field(default=0, init=False, repr=False)
-    _writer: Writer = attrs.field(factory=Writer, init=False, repr=False)
-    _lock: Lock | None = attrs.field(default=None, init=False, repr=False)
-    _buffers: dict[str, Tensor] = attrs.field(factory=dict, init=False, repr=False)
+    _saver: Saver = attrs.field(init=False, repr=False)
     _saved_step: int | None = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.every is not None:
             Every.of(self.every)
+        self._saver = Saver(self.dir, self.options, self._retention())
+
+    def _retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_best, self.monitor, self.mode)
 
     def __deepcopy__(self, memo: object) -> "Checkpointer":
         return self  # a copy of a state saves in the same folder
@@ -119,6 +116,11 @@ class Checkpointer:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def failures(self) -> int:
+        """Saves in a row that could not be written."""
+        return self._saver.failures
 
     # Saving
 
@@ -139,16 +141,9 @@ class Checkpointer:
                 or the folder holds later checkpoints that the state does not come from.
         """
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
-        if self._writer.busy and self.options.when_busy == "drop":
+        if self._saver.drops:
             return False
-        self.wait()
-        allow = self.options.allow_nonfinite
-        try:
-            self._claim(state)
-            taken = take(state, numbers, self._buffers, allow_nonfinite=allow)
-            self._writer.start(lambda: self._write(taken))
-        except OSError as error:
-            self._fail(error)
+        if not self._saver.save(state, numbers, known=self.restored is not None):
             return False
         state.checkpoints, self._saved_step = self, state.step
         return self.async_save or self.wait()
@@ -162,11 +157,7 @@ class Checkpointer:
         Raises:
             CheckpointError: If a save failed, and `options` do not say to go on.
         """
-        self._writer.join()
-        error = self._writer.error()
-        if error is not None:
-            self._fail(error)
-        return error is None
+        return self._saver.wait()
 
     def close(self) -> None:
         """Wait for the last save, and leave the folder to other processes.
@@ -174,12 +165,7 @@ class Checkpointer:
         Raises:
             CheckpointError: If a save failed, and `options` do not say to go on.
         """
-        try:
-            self.wait()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+        self._saver.close()
 
     def wrap(self, run: Iterable[TrainState]) -> Saving:
         """The states of `run`, saved every so often, and at its end.
@@ -202,58 +188,6 @@ class Checkpointer:
         if self._saved_step != state.step:
             self.save(state)
 
-    def _claim(self, state: TrainState) -> None:
-        """Make the folder this process's own."""
-        if self._lock is not None and self._lock.is_held():
-            return
-        store = self._store()
-        store.make_root()
-        self._lock = Lock(self.dir)
-        store.clean()
-        later = [c for c in contents(self.dir).intact if c.step > state.step]
-        if later and self.restored is None:
-            raise CheckpointError(
-                f"checkpoints.save(state) at step {state.step}",
-                f"{later[-1]} of another run in {self.dir}",
-                "checkpoints.restore(state) before, to go on with that run; or another folder",
-            )
-
-    def _store(self) -> Store:
-        return Store(self.dir, self.options.disk, self.options.sha256)
-
-    def _write(self, taken: Snapshot) -> None:
-        found, store = contents(self.dir).intact, self._store()
-        serial = 1 + max((c.manifest.serial for c in found), default=0)
-        store.clean()
-        saved = store.commit(taken.files(), attrs.evolve(taken.manifest, serial=serial))
-        self.failures = 0
-        logger.info("saved {} in {}", saved, self.dir)
-        store.discard(
-            expendable(
-                (*found, saved),
-                keep_last=self.keep_last,
-                keep_best=self.keep_best,
-                monitor=self.monitor,
-                mode=self.mode,
-            )
-        )
-
-    def _fail(self, error: BaseException) -> None:
-        self.failures += 1
-        if isinstance(error, LoopkitError):
-            raise error
-        failure = CheckpointError(
-            "checkpoints.save(state)",
-            f"{type(error).__name__}: {error}, writing in {self.dir}; what was saved before is"
-            " untouched",
-            "space and permission to write there; or CheckpointOptions(on_error='warn') to go on",
-        )
-        self._saved_step = None
-        if self.options.on_error == "raise" or self.failures > self.options.max_failures:
-            raise failure from error
-        logger.warning("{}", failure)
-        warnings.warn(str(failure), CheckpointWarning, stacklevel=4)
-
     # Restoring
 
     def restore(self, state: TrainState, which: str | Path | Checkpoint = "latest") -> bool:
@@ -274,7 +208,7 @@ class Checkpointer:
             CheckpointError: If it does not fit the state: with all that differs.
             UsageError: For `"best"` without a `monitor`.
         """
-        self._writer.join()
+        self._saver.join()
         if which in ("latest", "best"):
             restored = restore_first(state, *self._choice(str(which)))
         else:
@@ -338,7 +272,7 @@ class Checkpointer:
 
     def list(self) -> "list[Checkpoint]":
         """The checkpoints in the folder, in the order in which they were saved."""
-        self._writer.join()
+        self._saver.join()
         return [*contents(self.dir).intact]
 
     @property

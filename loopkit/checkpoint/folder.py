@@ -114,19 +114,27 @@ def ranked(
     return tuple(sorted(scored, key=lambda c: sign * c.scores[monitor or ""]))
 
 
-def expendable(
-    checkpoints: Sequence[Checkpoint],
-    *,
-    keep_last: int | None,
-    keep_best: int,
-    monitor: str | None,
-    mode: str,
-) -> tuple[Checkpoint, ...]:
-    """Those of a folder's checkpoints that are neither among the last nor among the best."""
-    if keep_last is None:
-        return ()
-    kept = {*checkpoints[-keep_last:], *ranked(checkpoints, monitor, mode)[:keep_best]}
-    return tuple(checkpoint for checkpoint in checkpoints if checkpoint not in kept)
+@attrs.frozen
+class Retention:
+    """Which checkpoints of a folder stay: the last ones, and the best.
+
+    Example:
+        >>> Retention(None, 1, None, "min").expendable([])
+        []
+    """
+
+    keep_last: int | None
+    keep_best: int
+    monitor: str | None
+    mode: str
+
+    def expendable(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those that may go, of all in the order in which they were saved."""
+        if self.keep_last is None:
+            return []
+        best = ranked(checkpoints, self.monitor, self.mode)[: self.keep_best]
+        kept = {*checkpoints[-self.keep_last :], *best}
+        return [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
 
 
 def free_name(root: Path, step: int) -> Path:

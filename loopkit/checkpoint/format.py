@@ -42,10 +42,10 @@ class Encoder:
             >>> Encoder().encode({"a": (1, float("nan")), "b": {0: None}})
             {'a': {'$tuple': [1, {'$float': 'nan'}]}, 'b': {'$dict': [[0, None]]}}
         """
-        if value is None or isinstance(value, bool | int | str):
+        if value is None or type(value) in {bool, int, str}:
             return value
-        if isinstance(value, float):
-            return value if math.isfinite(value) else {"$float": repr(float(value))}
+        if type(value) is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
         if len(path) > DEPTH:
             raise _refused(path[:5], f"nesting deeper than {DEPTH}; does it hold itself?")
         if isinstance(value, Tensor):
@@ -66,7 +66,7 @@ class Encoder:
         if kind in LEAVES:
             tag, write = LEAVES[kind]
             return {tag: write(value)}
-        return self._numpy(value, path)
+        return self._other(value, path)
 
     def _items(self, values: Iterable[Any], path: Path) -> Json:
         return [self.encode(value, (*path, str(i))) for i, value in enumerate(values)]
@@ -93,16 +93,18 @@ class Encoder:
             self._seen[key] = {"$tensor": [path[0], name]}
         return self._seen[key]
 
-    def _numpy(self, value: Any, path: Path) -> Json:
+    def _other(self, value: Any, path: Path) -> Json:
         numpy = sys.modules.get("numpy")
-        if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic):
-            raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
-        try:
-            tensor = torch.from_numpy(numpy.array(value))
-        except TypeError as error:
-            raise _refused(path, f"a NumPy array of dtype {value.dtype}") from error
-        tag = "$array" if isinstance(value, numpy.ndarray) else "$scalar"
-        return {tag: self._tensor(tensor, path)}
+        if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+            tag = "$array" if isinstance(value, numpy.ndarray) else "$scalar"
+            try:
+                return {tag: self._tensor(torch.from_numpy(numpy.array(value)), path)}
+            except TypeError as error:
+                raise _refused(path, f"a NumPy array of dtype {value.dtype}") from error
+        for kind in (int, float, str):  # members of an IntEnum or StrEnum equal their values
+            if isinstance(value, kind):
+                return self.encode(kind.__new__(kind, value), path)
+        raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -207,7 +209,7 @@ SEQUENCES: dict[type, tuple[str, Callable[[Any], Iterable[Any]]]] = {
     set: ("$set", _in_order),
     frozenset: ("$frozenset", _in_order),
 }
-MAPPINGS = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 FROM_TREE: dict[str, Callable[[Any], Any]] = {
     "$tuple": tuple,
     "$set": set,

@@ -72,7 +72,8 @@ def take(
     if not allow_nonfinite:
         _check_finite(state, state_dict["model"])
     encoder = Encoder()
-    tree = encoder.encode({"state": state_dict, "parameters": parameter_names(state)})
+    parts = {name: encoder.encode(part, (name,)) for name, part in state_dict.items()}
+    tree = {"state": parts, "parameters": parameter_names(state)}
     tensors = {n: copy_to_host(t, buffers.get(n)) for n, t in encoder.files.items()}
     buffers.clear()
     buffers.update({name: file.body for name, file in tensors.items()})
