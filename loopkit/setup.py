@@ -1,5 +1,10 @@
 """Setting a state up for a step, once, before the step's first update."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
 from loopkit.errors import CompositionError, UsageError
 from loopkit.feature import Feature
 from loopkit.plain import restore
@@ -37,11 +42,25 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
         for feature in new:
             if place in feature.owns:
                 feature.owns[place](state)
-    for feature in new:
-        for name, make in feature.init.items():
-            _keep(state, name, make(state))
+    with _restored_values(state):
+        for feature in new:
+            for name, make in feature.init.items():
+                _keep(state, name, make(state))
     state.set_up.extend(new)
     state.attached[id(step)] = step
+
+
+@contextmanager
+def _restored_values(state: TrainState) -> Iterator[None]:
+    """Keep what was restored into the param groups: a torch scheduler sets them when it is made."""
+    groups = state.optimizer.param_groups if state.pending and state.optimizer else []
+    kept = [
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        for group in groups
+    ]
+    yield
+    for group, values in zip(groups, kept, strict=True):
+        group.update(values)
 
 
 def _keep(state: TrainState, name: str, made: object) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from loopkit.checkpoint.manifest import Manifest
-from loopkit.checkpoint.read import Loaded
+from loopkit.checkpoint.manifest import Manifest, damage
+from loopkit.checkpoint.read import MALFORMED, TREE, Loaded
 from loopkit.errors import CheckpointError
 from loopkit.plain import is_stateful
 from loopkit.state import TrainState
@@ -128,8 +128,12 @@ def check(state: TrainState, manifest: Manifest, loaded: Loaded) -> tuple[str, .
 
     Raises:
         CheckpointError: If it cannot be loaded into it, with all reasons.
+        DamageError: If it holds no state at all.
     """
-    found = differences(state, manifest, loaded)
+    try:
+        found = differences(state, manifest, loaded)
+    except MALFORMED as error:  # it fits its checksums, but nothing that a state can be
+        raise damage(TREE, f"malformed: {type(error).__name__}: {error}"[:200]) from error
     if found.fatal:
         raise CheckpointError(
             "checkpoints.restore(state)",

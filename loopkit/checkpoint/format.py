@@ -1,6 +1,7 @@
 """Nested plain data as JSON with named tensors beside it, and back, exactly."""
 
 import base64
+import json
 import math
 import sys
 from collections import Counter, OrderedDict
@@ -101,9 +102,8 @@ class Encoder:
                 return {tag: self._tensor(torch.from_numpy(numpy.array(value)), path)}
             except TypeError as error:
                 raise _refused(path, f"a NumPy array of dtype {value.dtype}") from error
-        for kind in (int, float, str):  # members of an IntEnum or StrEnum equal their values
-            if isinstance(value, kind):
-                return self.encode(kind.__new__(kind, value), path)
+        if isinstance(value, int | float | str):  # of an IntEnum or StrEnum: equal to their values
+            return self.encode(json.loads(json.dumps(value)), path)
         raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
 
 

@@ -1,5 +1,6 @@
 """Loading a checkpoint into a state: all of it, or nothing."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from loguru import logger
 from loopkit.checkpoint.difference import check
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.read import Loaded, read
-from loopkit.errors import DamageError
+from loopkit.errors import CheckpointError, DamageError, LoopkitError
 from loopkit.nested import map_tensors
+from loopkit.plain import restore
 from loopkit.state import TrainState
 
 
@@ -78,23 +80,37 @@ def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
     """
     loaded = read(checkpoint)
     changes = check(state, checkpoint.manifest, loaded)
-    _apply(state, loaded)
+    _apply(state, loaded, checkpoint)
     for change in changes:
         logger.info("restored {}: {}", checkpoint, change)
     return Restored(checkpoint, changes=changes)
 
 
-def _apply(state: TrainState, loaded: Loaded) -> None:
+def _apply(state: TrainState, loaded: Loaded, checkpoint: Checkpoint) -> None:
     before, data, names = _copied(state.state_dict()), state.data, {*state.extras}
     try:
         state.load_state_dict(loaded.state)
     except BaseException as error:
-        state.load_state_dict(before)
+        _roll_back(state, before)
         state.data = data
         for name in {*state.extras} - names:
             del state.extras[name]
-        error.add_note("the state is as it was before")
-        raise
+        if isinstance(error, LoopkitError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            "checkpoints.restore(state)",
+            f"that {checkpoint} cannot be loaded ({type(error).__name__}: {error}); the state is"
+            " as it was",
+            "the code that it was saved with, or load_state_dict methods that take what it holds",
+        ) from error
+
+
+def _roll_back(state: TrainState, before: dict[str, Any]) -> None:
+    with contextlib.suppress(Exception):
+        state.load_state_dict({**before, "extras": {}})
+    for name, value in before["extras"].items():
+        with contextlib.suppress(Exception):  # one that fails to load fails at this, too
+            restore(state.extras, {name: value})
 
 
 def _copied(tree: Any) -> Any:
