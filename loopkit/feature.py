@@ -35,6 +35,7 @@ class Feature:
         owns: For each place, what stands there in the default's stead.
         prepare: Run once on a state before its first update.
         init: For each name, what makes the state that is kept under it.
+        claims: What only one feature of a step may do, such as "precision".
     """
 
     name: str
@@ -42,6 +43,7 @@ class Feature:
     owns: Mapping[str, Callable[..., Any]] = _values()
     prepare: SetUp | None = attrs.field(default=None, eq=_comparable)
     init: Init = _values()
+    claims: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

@@ -161,7 +161,8 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
     seen: dict[tuple[str, str], Feature] = {}
     for feature in features:
         claims = [("own the place", place) for place in feature.owns]
-        for claim in claims + [("keep state under the name", name) for name in feature.init]:
+        claims += [("keep state under the name", name) for name in feature.init]
+        for claim in claims + [("set the", name) for name in feature.claims]:
             other = seen.setdefault(claim, feature)
             if other is not feature:
                 raise CompositionError(
