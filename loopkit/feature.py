@@ -12,9 +12,11 @@ from loopkit.types import Init, Layer, SetUp
 def _comparable(value: Any) -> Any:
     """`functools.partial` compares by identity; here settings decide."""
     if isinstance(value, functools.partial):
-        return (value.func, value.args, sorted(value.keywords.items()))
+        return value.func, _comparable(value.args), _comparable(value.keywords)
     if isinstance(value, Mapping):
         return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_comparable, value))
     return value
 
 

@@ -37,17 +37,16 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
         for feature in new:
             if place in feature.owns:
                 feature.owns[place](state)
-    for feature in new:
-        for name, make in feature.init.items():
-            _keep(state, name, make(state))
     state.set_up.extend(new)
+    _init(features, state)
     state.attached[id(step)] = step
 
 
-def _keep(state: TrainState, name: str, made: object) -> None:
-    state.features[name] = made
-    if name in state.pending:
-        restore(state.features, {name: state.pending.pop(name)})
+def _init(features: tuple[Feature, ...], state: TrainState) -> None:
+    makers = {name: make for feature in features for name, make in feature.init.items()}
+    made = {name: make(state) for name, make in makers.items() if name not in state.features}
+    state.features |= made  # only now, so that one that fails leaves none behind
+    restore(state.features, {name: state.pending.pop(name) for name in made.keys() & state.pending})
 
 
 def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:

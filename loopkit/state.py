@@ -228,7 +228,8 @@ class TrainState:
             )
         self.model.load_state_dict(state_dict["model"])
         if self.optimizer is not None and state_dict["optimizer"] is not None:
-            self.optimizer.load_state_dict(state_dict["optimizer"])
+            # Optimizer.load_state_dict keeps some of the tensors it is given (`step` of Adam)
+            self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
         self.data = None

@@ -84,7 +84,7 @@ class Step:
         Returns:
             The same state.
         """
-        if id(self) not in state.attached:
+        if id(self) not in getattr(state, "attached", ()):
             set_up(self.features, self, state)
         window = state.window = self.split(state, batch)
         self.gradients(state, window)

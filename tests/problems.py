@@ -3,11 +3,10 @@
 import functools
 import itertools
 
+import loopkit as lk
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import loopkit as lk
 
 
 def classifier(state, batch):
@@ -28,7 +27,11 @@ def mlp(width=6, dropout=0.0):
 
 def conv():
     return nn.Sequential(
-        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3)
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Conv2d(1, 3, 2),
+        nn.BatchNorm2d(3),
+        nn.Flatten(),
+        nn.Linear(3, 3),
     )
 
 

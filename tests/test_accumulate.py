@@ -1,15 +1,15 @@
 """Gradient accumulation: the gradient of the one big batch, whatever the windows."""
 
+import loopkit as lk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import classifier, cut, make_batches, make_state, weighted_classifier
+from loopkit.testing import assert_bitwise_equal
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-import loopkit as lk
-from loopkit.testing import assert_bitwise_equal
+from problems import classifier, cut, make_batches, make_state, weighted_classifier
 
 
 def sgd_state(dtype=torch.float64):
@@ -39,7 +39,7 @@ shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, m
 @settings(max_examples=100, deadline=None)
 @given(shapes=shapes, lazy=st.booleans())
 def test_unequal_micro_batches_give_the_gradient_of_the_one_big_batch(shapes, lazy):
-    """k micro-batches of any valid-label counts, zero included, equal the big batch to 1e-12."""
+    """K micro-batches of any valid-label counts, zero included, equal the big batch to 1e-12."""
     batches = token_batches(*zip(*shapes, strict=True))
     ours, theirs = sgd_state(), sgd_state()
     step = lk.with_grad_accum(len(batches))(weighted_classifier)
@@ -56,7 +56,7 @@ def test_unequal_micro_batches_give_the_gradient_of_the_one_big_batch(shapes, la
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_window_over_nothing_has_gradient_zero(as_tensor, window):
-    """With a weight of zero throughout the gradient is zero, though the mean over nothing is NaN."""
+    """With a weight of zero throughout the gradient is zero, though the loss is NaN."""
 
     def nothing(state, batch):
         inputs, _ = batch
@@ -94,7 +94,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize("kind", ["list", "generator", "iterable dataset"])
 @pytest.mark.parametrize(("count", "window"), [(7, 3), (6, 3), (2, 4), (1, 5)])
 def test_short_last_windows_are_exact_for_sized_and_unsized_data(kind, count, window):
-    """The tail of an epoch, and an epoch shorter than the window, is the mean over what it holds."""
+    """The tail of an epoch, and a too short epoch, is the mean over what it holds."""
     batches = make_batches(count)
     data = {
         "list": lambda: batches,
@@ -145,9 +145,7 @@ def test_the_window_may_change_by_epoch_and_by_function():
     """{0: 1, 2: 3} and a function of the clock give the windows that they say."""
     batches = make_batches(4)
     by_epoch, by_function = make_state(), make_state()
-    steps = lk.run(
-        lk.with_grad_accum({0: 1, 2: 3})(classifier), by_epoch, batches, max_epochs=3
-    )
+    steps = lk.run(lk.with_grad_accum({0: 1, 2: 3})(classifier), by_epoch, batches, max_epochs=3)
     assert [len(s.outcome.parts) for s in steps] == [1, 1, 1, 1, 1, 1, 1, 1, 3, 1]
     steps = lk.run(
         lk.with_grad_accum(lambda clock: clock.step + 1)(classifier), by_function, batches,

@@ -3,13 +3,13 @@
 import copy
 import itertools
 
+import loopkit as lk
 import torch
-from problems import classifier, make_batches, make_state
+from loopkit.testing import assert_bitwise_equal
 from torch import nn
 from torch.nn import functional as F
 
-import loopkit as lk
-from loopkit.testing import assert_bitwise_equal
+from problems import classifier, make_batches, make_state
 
 
 def adam(model, lr=0.01):
@@ -23,7 +23,10 @@ def assert_same_weights(ours, theirs):
 def test_a_gan_of_two_models_and_two_optimizers_stepped_in_turn():
     """Discriminator and generator steps in one plain loop train as the loop by hand."""
     torch.manual_seed(0)
-    generator, discriminator = nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    generator, discriminator = (
+        nn.Linear(2, 3),
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+    )
     their_g, their_d = copy.deepcopy(generator), copy.deepcopy(discriminator)
     ones, zeros = torch.ones(8, 1), torch.zeros(8, 1)
     bce = F.binary_cross_entropy_with_logits
@@ -70,7 +73,9 @@ def test_a_policy_gradient_on_data_that_the_loop_makes():
         return actions, (actions == 1).float() - 0.5
 
     def loss_of(policy, actions, rewards):
-        return -(policy(torch.ones(16, 1)).log_softmax(1)[torch.arange(16), actions] * rewards).mean()
+        return -(
+            policy(torch.ones(16, 1)).log_softmax(1)[torch.arange(16), actions] * rewards
+        ).mean()
 
     @lk.train_step
     def policy_step(state, batch):
@@ -180,7 +185,9 @@ def test_lbfgs_which_evaluates_the_loss_itself():
 
     def make():
         state = make_state()
-        return lk.TrainState(state.model, torch.optim.LBFGS(state.model.parameters(), lr=0.5, max_iter=5))
+        return lk.TrainState(
+            state.model, torch.optim.LBFGS(state.model.parameters(), lr=0.5, max_iter=5)
+        )
 
     for window in (1, 2):
         ours, theirs = make(), make()
@@ -220,7 +227,7 @@ def test_two_runs_interleaved_in_one_process():
 
 
 def test_a_frozen_part_stays_as_it_is():
-    """Parameters without gradients and a BatchNorm in eval mode are left alone, and others learn."""
+    """Frozen parameters and a BatchNorm in eval mode are left alone, and others learn."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     model[0].requires_grad_(False)
     model[1].eval()

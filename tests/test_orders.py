@@ -4,12 +4,12 @@ import functools
 import itertools
 
 import attrs
+import loopkit as lk
 import pytest
 import torch
-from problems import halving, make_batches, make_state, weighted_classifier
-
-import loopkit as lk
 from loopkit.testing import assert_bitwise_equal, train_by_hand
+
+from problems import halving, make_batches, make_state, weighted_classifier
 
 
 @attrs.frozen
@@ -99,10 +99,14 @@ def test_all_720_orders_of_six_decorators_equal_the_hand_written_loop(by_hand, b
             continue
         state = make_state("dropout")
         torch.manual_seed(2)
-        for _ in lk.run(lk.compose(*order)(weighted_classifier), state, make_batches(11), max_epochs=1):
+        for _ in lk.run(
+            lk.compose(*order)(weighted_classifier), state, make_batches(11), max_epochs=1
+        ):
             pass
         assert_bitwise_equal(state.model.state_dict(), theirs.model.state_dict(), str(order))
-        assert_bitwise_equal(state.optimizer.state_dict(), theirs.optimizer.state_dict(), str(order))
+        assert_bitwise_equal(
+            state.optimizer.state_dict(), theirs.optimizer.state_dict(), str(order)
+        )
         assert_bitwise_equal(state.features["ema"].weights, found.averages, str(order))
         assert state.features["amp"].state_dict() == found.scaler.state_dict()
 
@@ -111,7 +115,9 @@ def test_a_users_decorator_runs_once_for_each_micro_batch():
     """A layer round backward is called for each micro-batch, wherever it stands."""
     for order in itertools.permutations([with_count, lk.with_grad_accum(3), lk.with_amp("bf16")]):
         state = make_state()
-        for _ in lk.run(lk.compose(*order)(weighted_classifier), state, make_batches(7), max_epochs=1):
+        for _ in lk.run(
+            lk.compose(*order)(weighted_classifier), state, make_batches(7), max_epochs=1
+        ):
             pass
         assert state.extras["backwards"] == 7
 

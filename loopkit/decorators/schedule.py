@@ -151,9 +151,8 @@ def _make_count(
     if missing := [i for i, group in enumerate(groups) if key not in group]:
         raise UsageError(
             call,
-            f"no {key!r} in the param groups {missing}, which have"
-            f" {sorted(groups[missing[0]].keys() - {'params'})}",
-            "one of those names",
+            f"no {key!r} in the param groups {missing}",
+            f"one of the names they have: {sorted(groups[missing[0]].keys() - {'params'})}",
         )
     if not callable(schedule) and len(schedule) != len(groups):
         raise UsageError(
