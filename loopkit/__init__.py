@@ -25,6 +25,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.observe.progress import progress
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -66,6 +67,7 @@ __all__ = [
     "own",
     "predict",
     "prefetch",
+    "progress",
     "run",
     "seed_everything",
     "to_device",

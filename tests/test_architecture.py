@@ -19,6 +19,7 @@ LAYERS = """
 loopkit
 testing
 run predict
+observe
 evaluate
 decorators
 compose
