@@ -5,7 +5,6 @@ from loopkit.feature import Feature
 from loopkit.plain import restore
 from loopkit.state import TrainState
 
-
 MANY = 100
 
 
