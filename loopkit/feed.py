@@ -1,7 +1,7 @@
 """Feeding a run: an epoch's batches, as the bare batches or the windows that a step takes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,7 @@ import torch
 
 from loopkit.device import prefetch
 from loopkit.errors import DataError
-from loopkit.window import Window
-
-_END = object()
+from loopkit.window import Ahead, Window
 
 WindowSizes = Callable[[], int | None]
 
@@ -21,15 +19,20 @@ def reading(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
     """Iterate over `data`, and leave no loader workers behind.
 
     An iterator of a DataLoader ends its workers when it is collected, but a traceback,
-    or a notebook that shows one, keeps it alive: so end them here.
+    or a notebook that shows one, keeps it alive: so end them here. An iterator that was
+    given as the data is its owner's, and is left as it is.
     """
     batches = iter(data)
     try:
         yield batches
     finally:
         end_workers = getattr(batches, "_shutdown_workers", None)
-        if end_workers is not None and not getattr(data, "persistent_workers", False):
+        if batches is data or getattr(data, "persistent_workers", False):
+            pass
+        elif end_workers is not None:
             end_workers()
+        elif isinstance(batches, Generator):  # it may read a loader itself
+            batches.close()
 
 
 def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
@@ -46,6 +49,20 @@ def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
             f"data that says len(data) >= {length}",
             f"its end after {taken} batches",
             "data with the true length, or without a length (a generator)",
+        )
+
+
+def check_exhausted(batches: Iterator[Any], length: int) -> None:
+    """Check that no batch follows the `length` that the data said it had.
+
+    Raises:
+        DataError: If one does.
+    """
+    for _ in batches:
+        raise DataError(
+            f"data with len(data) = {length}",
+            "more batches than that",
+            "data with the true length, or limit_batches",
         )
 
 
@@ -69,13 +86,16 @@ def feed_sized(
 
 
 def feed_unsized(
-    batches: Iterator[Any], sizes: WindowSizes, device: torch.device
+    batches: Ahead, left: float, sizes: WindowSizes, device: torch.device
 ) -> Iterator[tuple[Any, bool]]:
-    """The same from data without a length, which is read one batch ahead to know the last."""
-    ahead = next(batches, _END)
-    while ahead is not _END:
+    """The same from at most `left` batches of data without a length.
+
+    It is read one batch ahead to know the last, but not beyond `left`.
+    """
+    while left and not batches.at_end:
         size = sizes()
-        chunk = [ahead, *itertools.islice(batches, (size or 1) - 1)]
-        ahead = next(batches, _END)
+        chunk = [*itertools.islice(batches, int(min(size or 1, left)))]
+        left -= len(chunk)
         moved = prefetch(chunk, device)
-        yield next(moved) if size is None else Window(moved, len(chunk)), ahead is _END
+        last = not left or batches.at_end
+        yield next(moved) if size is None else Window(moved, len(chunk)), last

@@ -12,12 +12,13 @@ import attrs
 
 from loopkit.compose import train_step
 from loopkit.errors import DataError, UsageError
-from loopkit.feed import feed_sized, feed_unsized, reading
+from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
+from loopkit.window import Ahead, Window
 
 
 @attrs.define
@@ -78,7 +79,7 @@ class Run:
         """
         by_epochs = self._steps_by_epochs()
         ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
-        return min(ends, default=None)
+        return max(self.state.step, min(ends)) if ends else None
 
     def _steps_by_epochs(self) -> int | None:
         if self.limits.epochs is None or self.limits.batches is None:
@@ -86,14 +87,15 @@ class Run:
         state = self.state
         clock = Clock(state.step, state.epoch + state.epoch_end)
         taken = 0 if state.epoch_end or self._is_other_data() else state.batch
-        while batches := self.limits.batches_in(clock.epoch):
+        most = self.limits.steps or math.inf
+        while clock.step < most and (batches := self.limits.batches_in(clock.epoch)):
             size = self.step.window(clock) or 1  # type: ignore[arg-type]
             clock.step += math.ceil(max(0, batches - taken) / size)
             clock.epoch, taken = clock.epoch + 1, 0
         return clock.step
 
     def _is_other_data(self) -> bool:
-        return self.state.data not in (None, self.data)
+        return self.state.data is not None and self.state.data is not self.data
 
     def _updates(self) -> Generator[TrainState]:
         state, step, limits = self.state, self.step, self.limits
@@ -102,13 +104,13 @@ class Run:
         self._start()
         with Interruptible() as interrupt:
             while not self._ended() and not _is_past(deadline):
-                whole, before = self._is_whole(), state.step
+                cut, before = self._cut(), state.step
                 with reading(self.data) as batches:
                     for batch, last in self._feed(batches):
                         interrupt.busy = True
                         step(state, batch)
-                        state.batch += len(state.outcome.parts)
-                        state.epoch_end = last and whole
+                        state.batch += (batch.length or 1) if type(batch) is Window else 1
+                        state.epoch_end = last and state.batch != cut
                         interrupt.busy = False
                         if interrupt.pending:
                             interrupt.release()
@@ -120,26 +122,29 @@ class Run:
                 self._roll_over()
 
     def _start(self) -> None:
-        self._roll_over()
         if self._is_other_data():
             self.state.batch = 0
+        self._roll_over()
         self.state.data = self.data
         self._begun_at, self._dried_up = self.state.epoch, False
 
     def _roll_over(self) -> None:
-        if self.state.epoch_end:
-            self.state.epoch += 1
-            self.state.batch, self.state.epoch_end = 0, False
+        state, length = self.state, self.limits.batches
+        complete = length is not None and state.batch >= length and self._cut() is None
+        if state.epoch_end or complete:
+            state.epoch += 1
+            state.batch, state.epoch_end = 0, False
 
     def _ended(self) -> bool:
-        length = self.limits.batches_in(self.state.epoch)
-        cut = length is not None and not self._is_whole() and self.state.batch >= length
-        if self._dried_up or cut or length == 0:
+        cut = self._cut()
+        if self._dried_up or (cut is not None and self.state.batch >= cut):
             return True
         return self.state.step >= (self.limits.steps or math.inf)
 
-    def _is_whole(self) -> bool:
-        return self.limits.epochs is None or self.state.epoch + 1 <= self.limits.epochs
+    def _cut(self) -> int | None:
+        """The batch after which a fractional limit ends this epoch before its end, if it does."""
+        length = self.limits.batches_in(self.state.epoch)
+        return None if length == self.limits.batches else length
 
     def _feed(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         length, taken = self.limits.batches_in(self.state.epoch), self.state.batch
@@ -149,20 +154,22 @@ class Run:
         sizes, device = functools.partial(self.step.window, self.state), self.state.device
         if known_length(self.data) is not None and length is not None:
             return feed_sized(batches, max(0, length - taken), sizes, device)
-        return feed_unsized(
-            itertools.islice(batches, None if length is None else length - taken), sizes, device
-        )
+        left = math.inf if length is None else length - taken
+        return feed_unsized(self._ahead_of(batches), left, sizes, device)
+
+    def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
+        if batches is not self.data:
+            return Ahead(batches)
+        if self.state.ahead is None or self.state.ahead.items is not batches:
+            self.state.ahead = Ahead(batches)
+        return self.state.ahead  # a run that goes on with an iterator gets what was read ahead
 
     def _check_end(self, batches: Iterator[Any], *, some: bool) -> None:
-        length = None if self.limits.capped or not self._is_whole() else known_length(self.data)
+        length = known_length(self.data)
         if not some:
             self._dried_up = self._may_dry_up(batches)
-        elif length is not None and next(batches, self) is not self:
-            raise DataError(
-                f"data with len(data) = {length}",
-                "more batches than that",
-                "data with the true length, or limit_batches",
-            )
+        elif length is not None and not self.limits.capped and self._cut() is None:
+            check_exhausted(batches, length)
 
     def _may_dry_up(self, batches: Iterator[Any]) -> bool:
         limits, epoch = self.limits, self.state.epoch

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
-from loopkit.window import MicroBatches
+from loopkit.window import Ahead, MicroBatches
 
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
 
@@ -82,6 +82,7 @@ class TrainState:
     attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
+    ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None
     _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
 
