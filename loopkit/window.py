@@ -6,7 +6,6 @@ from typing import Any
 
 import attrs
 
-from loopkit.check import at_least_one
 from loopkit.errors import UsageError
 
 
@@ -111,6 +110,9 @@ def windows(data: Iterable[Any], n: int) -> Iterator[Window]:
         >>> [list(w.batches) for w in windows("abcde", 2)]
         [['a', 'b'], ['c', 'd'], ['e']]
     """
-    at_least_one(f"windows(data, {n!r})", "n", n)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise UsageError(
+            f"windows(data, {n!r})", f"n = {n!r}", "windows(data, n) with a whole n >= 1"
+        )
     batches = iter(data)
     return (Window(chunk) for chunk in iter(lambda: list(itertools.islice(batches, n)), []))

@@ -84,7 +84,7 @@ def test_a_fraction_needs_a_length():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in ("max_epochs", "max_steps") for value in (0, -1, math.nan, "3", True)]
+    [(n, value) for n in ("max_epochs", "max_steps") for value in (0, -1, math.nan, "3", True)]
     + [("max_steps", 2.0)],
 )
 def test_epochs_and_steps_that_cannot_be_right_are_refused(name, value):
@@ -97,7 +97,7 @@ def test_epochs_and_steps_that_cannot_be_right_are_refused(name, value):
 @pytest.mark.parametrize("limit", [None, 3, 0.5])
 def test_data_of_length_zero_is_refused_at_once(limit):
     """Empty sized data is a DataError before anything runs, whatever the limit."""
-    with pytest.raises(DataError, match="no batches in it.*\n.*drop_last"):
+    with pytest.raises(DataError, match=r"no batches in it.*\n.*drop_last"):
         Limits.of([], 1, None, None, limit)
 
 
