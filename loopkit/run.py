@@ -31,12 +31,13 @@ class Clock:
     samples: int = 0
 
 
-class Run:
-    """An iterator over the states of a training run, once for each update; made by `run`.
+@attrs.define
+class Loop:
+    """What a run does.
 
-    `break` when you like: the state is then as after its last update. As a context
-    manager (`with run(...) as updates:`) it ends its data workers at the end of the
-    block, otherwise when it is dropped.
+    It is apart from `Run`, which holds the generator of its updates: a generator that held
+    the run in turn would be a cycle, and a loader's workers would outlive a `break` until
+    the garbage collector finds it.
 
     Attributes:
         step: What is called for each update.
@@ -45,59 +46,15 @@ class Run:
         limits: Where it ends.
     """
 
-    def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
-        self.step, self.state, self.data, self.limits = step, state, data, limits
-        self._iterator: Generator[TrainState] = self._updates()
+    step: Step
+    state: TrainState
+    data: Iterable[Any]
+    limits: Limits
+    _begun_at: int = 0
+    _dried_up: bool = False
 
-    def __iter__(self) -> Iterator[TrainState]:
-        return self._iterator
-
-    def __next__(self) -> TrainState:
-        return next(self._iterator)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the run where it is; its data workers end with it."""
-        self._iterator.close()
-
-    @property
-    def total_steps(self) -> int | None:
-        """`state.step` at the end, estimated; None if only a break or a time limit ends it.
-
-        Exact for sized data, unless updates of this state were made outside of `run`. A window
-        schedule that is a function is asked once for each epoch.
-        """
-        by_epochs = self._steps_by_epochs()
-        ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
-        return max(self.state.step, min(ends)) if ends else None
-
-    def _steps_by_epochs(self) -> int | None:
-        if self.limits.epochs is None or self.limits.batches is None:
-            return None
-        state = self.state
-        clock = Clock(state.step, state.epoch + state.epoch_end)
-        taken = 0 if state.epoch_end or self._is_other_data() else state.batch
-        most = self.limits.steps or math.inf
-        while clock.step < most and (batches := self.limits.batches_in(clock.epoch)):
-            size = self.step.window(clock) or 1  # type: ignore[arg-type]
-            clock.step += math.ceil(max(0, batches - taken) / size)
-            clock.epoch, taken = clock.epoch + 1, 0
-        return clock.step
-
-    def _is_other_data(self) -> bool:
-        return self.state.data is not None and self.state.data is not self.data
-
-    def _updates(self) -> Generator[TrainState]:
+    def updates(self) -> Generator[TrainState]:
+        """The state after each update."""
         state, step, limits = self.state, self.step, self.limits
         most = limits.steps or math.inf
         deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -182,6 +139,78 @@ class Run:
                 "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
             )
         raise empty(self.data, f"no batch in epoch {epoch} after {self.state.batch}")
+
+    def total_steps(self) -> int | None:
+        """See `Run.total_steps`."""
+        by_epochs = self._steps_by_epochs()
+        ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
+        return max(self.state.step, min(ends)) if ends else None
+
+    def _steps_by_epochs(self) -> int | None:
+        if self.limits.epochs is None or self.limits.batches is None:
+            return None
+        state = self.state
+        clock = Clock(state.step, state.epoch + state.epoch_end)
+        taken = 0 if state.epoch_end or self._is_other_data() else state.batch
+        most = self.limits.steps or math.inf
+        while clock.step < most and (batches := self.limits.batches_in(clock.epoch)):
+            size = self.step.window(clock) or 1  # type: ignore[arg-type]
+            clock.step += math.ceil(max(0, batches - taken) / size)
+            clock.epoch, taken = clock.epoch + 1, 0
+        return clock.step
+
+    def _is_other_data(self) -> bool:
+        return self.state.data is not None and self.state.data is not self.data
+
+
+class Run:
+    """An iterator over the states of a training run, once for each update; made by `run`.
+
+    `break` when you like: the state is then as after its last update. As a context
+    manager (`with run(...) as updates:`) it ends its data workers at the end of the
+    block, otherwise when it is dropped.
+
+    Attributes:
+        step: What is called for each update.
+        state: What is trained.
+        data: What the batches come from.
+        limits: Where it ends.
+    """
+
+    def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
+        self.step, self.state, self.data, self.limits = step, state, data, limits
+        self._loop = Loop(step, state, data, limits)
+        self._iterator: Generator[TrainState] = self._loop.updates()
+
+    def __iter__(self) -> Iterator[TrainState]:
+        return self._iterator
+
+    def __next__(self) -> TrainState:
+        return next(self._iterator)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run where it is; its data workers end with it."""
+        self._iterator.close()
+
+    @property
+    def total_steps(self) -> int | None:
+        """`state.step` at the end, estimated; None if only a break or a time limit ends it.
+
+        Exact for sized data, unless updates of this state were made outside of `run`. A window
+        schedule that is a function is asked once for each epoch.
+        """
+        return self._loop.total_steps()
 
 
 def _is_past(deadline: float | None) -> bool:
