@@ -5,6 +5,7 @@ from pathlib import Path
 
 import loopkit as lk
 import torch
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -30,6 +31,20 @@ class Seen:
     def __call__(self, state, batch):
         self.numbers.append(int(batch[0, 0]))
         return state.model(batch / 100).mean()
+
+
+def stepped(window, function=None):
+    function = function or mean_output
+    return function if window is None else lk.with_grad_accum(window)(function)
+
+
+def clock(state):
+    return state.step, state.epoch, state.batch, state.samples, state.epoch_end
+
+
+def finish(updates):
+    for _ in updates:
+        pass
 
 
 def mean_output(state, batch):
@@ -109,3 +124,17 @@ def children():
         if int(parent) == os.getpid() and status != "Z":
             found.add(int(stat.parent.name))
     return found
+
+
+WINDOWS = st.one_of(
+    st.none(),
+    st.integers(1, 5),
+    st.dictionaries(st.integers(1, 4), st.integers(1, 5), max_size=3).map(lambda d: {0: 2, **d}),
+)
+LIMITS = st.fixed_dictionaries(
+    {
+        "max_epochs": st.one_of(st.none(), st.integers(1, 4), st.floats(0.05, 4.0)),
+        "max_steps": st.one_of(st.none(), st.integers(1, 30)),
+        "limit_batches": st.one_of(st.none(), st.integers(1, 12), st.floats(0.05, 1.0)),
+    }
+).filter(lambda limits: limits["max_epochs"] or limits["max_steps"])

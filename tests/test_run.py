@@ -15,11 +15,21 @@ from hypothesis import strategies as st
 from loopkit.testing import assert_bitwise_equal
 from torch import nn
 
-from feeds import Counted, Seen, SizedStream, Stream, loader, mean_output, numbered, tiny_state
-
-
-def clock(state):
-    return state.step, state.epoch, state.batch, state.samples, state.epoch_end
+from feeds import (
+    LIMITS,
+    WINDOWS,
+    Counted,
+    Seen,
+    SizedStream,
+    Stream,
+    clock,
+    finish,
+    loader,
+    mean_output,
+    numbered,
+    stepped,
+    tiny_state,
+)
 
 
 class Endless:
@@ -33,16 +43,15 @@ class Endless:
 
 
 KINDS = {
-    "list": lambda n: numbered(n),
+    "list": numbered,
     "tuple": lambda n: tuple(numbered(n)),
-    "loader": lambda n: loader(n),
+    "loader": loader,
     "loader with workers": lambda n: loader(n, 2),
     "iterable without length": lambda n: Counted(numbered(n)),
     "stream": lambda n: loader(n, kind=Stream),
     "stream with workers": lambda n: loader(n, 2, kind=Stream),
     "sized stream": lambda n: loader(n, kind=SizedStream),
     "sized stream with workers": lambda n: loader(n, 2, kind=SizedStream),
-    "bare stream": lambda n: (lambda s: [x[None] for x in s])(Stream(n)),
 }
 
 
@@ -89,24 +98,6 @@ def test_a_batch_that_a_step_cuts_up_counts_once():
 # Where it ends
 
 
-WINDOWS = st.one_of(
-    st.none(),
-    st.integers(1, 5),
-    st.dictionaries(st.integers(1, 4), st.integers(1, 5), max_size=3).map(lambda d: {0: 2, **d}),
-)
-LIMITS = st.fixed_dictionaries(
-    {
-        "max_epochs": st.one_of(st.none(), st.integers(1, 4), st.floats(0.05, 4.0)),
-        "max_steps": st.one_of(st.none(), st.integers(1, 30)),
-        "limit_batches": st.one_of(st.none(), st.integers(1, 12), st.floats(0.05, 1.0)),
-    }
-).filter(lambda limits: limits["max_epochs"] or limits["max_steps"])
-
-
-def stepped(window, function=mean_output):
-    return function if window is None else lk.with_grad_accum(window)(function)
-
-
 @given(length=st.integers(1, 9), window=WINDOWS, limits=st.lists(LIMITS, min_size=1, max_size=3))
 @settings(max_examples=150, deadline=None)
 def test_total_steps_is_what_happens(length, window, limits):
@@ -118,25 +109,6 @@ def test_total_steps_is_what_happens(length, window, limits):
         for _ in updates:
             assert updates.total_steps == expected
         assert state.step == expected
-
-
-@given(length=st.integers(1, 9), window=WINDOWS, limits=LIMITS, stop=st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
-def test_a_run_that_goes_on_ends_where_the_first_would(length, window, limits, stop):
-    """Broken off anywhere and run again, the same batches come in the same order, once each."""
-    data, straight, broken = numbered(length), Seen(), Seen()
-    for _ in lk.run(stepped(window, straight), tiny_state(), data, **limits):
-        pass
-    state = tiny_state()
-    for state in lk.run(stepped(window, broken), state, data, **limits):
-        if state.step == stop:
-            break
-    resumed = lk.run(stepped(window, broken), state, data, **limits)
-    expected = resumed.total_steps
-    for state in resumed:
-        pass
-    assert broken.numbers == straight.numbers
-    assert state.step == expected
 
 
 @given(
@@ -236,92 +208,7 @@ def test_total_steps_of_epochs_without_end_is_found_at_once():
     assert run.total_steps == 100
 
 
-# Stopping and going on
-
-
-def test_going_on_with_the_same_data_continues_the_epoch():
-    """After a break the rest of the epoch follows; nothing is repeated and nothing is lost."""
-    for data in (numbered(5), loader(5), loader(5, kind=Stream), Counted(numbered(5))):
-        state, seen = tiny_state(), Seen()
-        for state in lk.run(seen, state, data, max_epochs=2):
-            if state.step == 3:
-                break
-        ends = [s.epoch_end for s in lk.run(seen, state, data, max_epochs=2)]
-        assert seen.numbers == [0, 1, 2, 3, 4] * 2
-        assert ends == [False, True, False, False, False, False, True]
-
-
-def test_going_on_with_an_iterator_loses_nothing():
-    """The batch that was read ahead of a break is the first one after it."""
-    for window in (None, 2):
-        data, state, seen = iter(numbered(9)), tiny_state(), Seen()
-        for stop in (1, 3, 4):
-            for state in lk.run(stepped(window, seen), state, data, max_epochs=1):
-                if state.step == stop:
-                    break
-        for state in lk.run(stepped(window, seen), state, data, max_epochs=1):
-            pass
-        assert seen.numbers == [*range(9)]
-
-
-def test_other_data_begins_anew():
-    """Data that is another object starts at its first batch, in the same epoch."""
-    state, seen = tiny_state(), Seen()
-    next(lk.run(seen, state, numbered(4)))
-    updates = lk.run(seen, state, numbered(2, start=10), max_epochs=1)
-    assert updates.total_steps == 3
-    assert [clock(s)[:3] for s in updates] == [(2, 0, 1), (3, 0, 2)]
-    assert seen.numbers == [0, 10, 11]
-
-
-def test_equal_data_is_other_data():
-    """Which data it is, is a matter of identity: the batches are never compared."""
-    batches = numbered(3, size=2)
-    state, seen = tiny_state(), Seen()
-    next(lk.run(seen, state, [*batches]))
-    assert len([*lk.run(seen, state, [b.clone() for b in batches], max_epochs=1)]) == 3
-    next(lk.run(seen, state, [1 * batches[0]]))
-
-
-def test_other_data_after_the_end_of_an_epoch_is_the_next_epoch():
-    """A break at an epoch's end finishes the epoch."""
-    state = tiny_state()
-    for state in lk.run(mean_output, state, numbered(3)):
-        if state.epoch_end:
-            break
-    assert (state.epoch, state.epoch_end) == (0, True)
-    assert [s.epoch for s in lk.run(mean_output, state, numbered(2), max_epochs=2)] == [1, 1]
-
-
-def test_a_restored_state_goes_on_with_whatever_data_comes():
-    """A state that was loaded mid-epoch skips the batches that it has been trained on."""
-    state, again, seen = tiny_state(), tiny_state(), Seen()
-    for state in lk.run(mean_output, state, numbered(5), max_steps=7):
-        pass
-    again.load_state_dict(state.state_dict())
-    updates = lk.run(seen, again, loader(5), max_epochs=2)
-    assert updates.total_steps == 10
-    assert len([*updates]) == 3
-    assert seen.numbers == [2, 3, 4]
-
-
-def test_an_exception_in_the_step_leaves_a_state_to_go_on_from():
-    """The failed update is not counted; its batch comes again."""
-    seen, fail = Seen(), [True]
-
-    def fragile(state, batch):
-        if int(batch[0, 0]) == 2 and fail.pop() if fail else False:
-            raise RuntimeError("once")
-        return seen(state, batch)
-
-    state, data = tiny_state(), numbered(4)
-    with pytest.raises(RuntimeError, match="once"):
-        for _ in lk.run(fragile, state, data, max_epochs=1):
-            pass
-    assert clock(state) == (2, 0, 2, 2, False)
-    for _ in lk.run(fragile, state, data, max_epochs=1):
-        pass
-    assert seen.numbers == [0, 1, 2, 3]
+# The iterator
 
 
 def test_a_run_is_an_iterator_and_a_context_manager():
@@ -343,10 +230,8 @@ def test_interleaved_runs_do_not_disturb_each_other():
     shared = loader(6)
 
     def both(*pairs):
-        for _ in itertools.zip_longest(
-            *(lk.run(s, state, d, max_epochs=2) for s, state, d in pairs)
-        ):
-            pass
+        runs = (lk.run(step, state, data, max_epochs=2) for step, state, data in pairs)
+        finish(itertools.zip_longest(*runs))
         return [state.state_dict() for _, state, _ in pairs]
 
     one = lk.compose(lk.with_grad_accum(2), lk.with_ema(0.9))(mean_output)
