@@ -35,11 +35,11 @@ def reading(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
             batches.close()
 
 
-def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
-    """Exactly `length` batches.
+def counted(batches: Iterator[Any], length: int, *, whole: bool = False) -> Iterator[Any]:
+    """Exactly `length` batches; where they are the `whole` data, none may follow.
 
     Raises:
-        DataError: If there are fewer.
+        DataError: If there are fewer, or more.
     """
     taken = 0
     for taken, batch in enumerate(itertools.islice(batches, length), 1):  # noqa: B007
@@ -50,6 +50,8 @@ def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
             f"its end after {taken} batches",
             "data with the true length, or without a length (a generator)",
         )
+    if whole:
+        check_exhausted(batches, length)
 
 
 def check_exhausted(batches: Iterator[Any], length: int) -> None:
