@@ -48,12 +48,10 @@ def untouched_rng(device: torch.device, loaders: Iterable[Any] = ()) -> Iterator
         loaders: Data whose own generators are kept; training may share one.
     """
     devices = [] if device.type in {"cpu", "meta"} else [device]
-    own = [g for g in (getattr(loader, "generator", None) for loader in loaders) if g is not None]
-    states, python, numpy = (
-        [g.get_state() for g in own],
-        random.getstate(),
-        sys.modules.get("numpy"),
-    )
+    found = [getattr(loader, "generator", None) for loader in loaders]
+    own = [generator for generator in found if isinstance(generator, torch.Generator)]
+    states, python = [generator.get_state() for generator in own], random.getstate()
+    numpy = sys.modules.get("numpy")
     of_numpy = numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:

@@ -52,6 +52,8 @@ KINDS = {
     "stream with workers": lambda n: loader(n, 2, kind=Stream),
     "sized stream": lambda n: loader(n, kind=SizedStream),
     "sized stream with workers": lambda n: loader(n, 2, kind=SizedStream),
+    "bare stream": Stream,
+    "bare sized stream": SizedStream,
 }
 
 
