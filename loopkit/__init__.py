@@ -25,6 +25,16 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.optim.phases import (
+    constant,
+    cosine,
+    cosine_with_restarts,
+    inverse_sqrt,
+    linear,
+    polynomial,
+    warmup,
+    wsd,
+)
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -58,18 +68,25 @@ __all__ = [
     "Verdict",
     "Window",
     "compose",
+    "constant",
+    "cosine",
+    "cosine_with_restarts",
     "device",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
+    "inverse_sqrt",
+    "linear",
     "own",
+    "polynomial",
     "predict",
     "prefetch",
     "run",
     "seed_everything",
     "to_device",
     "train_step",
+    "warmup",
     "windows",
     "with_amp",
     "with_anomaly_detection",
@@ -81,4 +98,5 @@ __all__ = [
     "with_nonfinite",
     "with_schedule",
     "wrap",
+    "wsd",
 ]
