@@ -20,11 +20,16 @@ from loopkit.errors import (
     CompositionError,
     DataError,
     LoopkitError,
+    MissingExtraError,
     NonFiniteError,
     OutputError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.optim.combined import CombinedOptimizer
+from loopkit.optim.configure import configure_optimizer
+from loopkit.optim.create import create_optimizer
+from loopkit.optim.groups import param_groups
 from loopkit.optim.phases import (
     constant,
     cosine,
@@ -51,12 +56,14 @@ __all__ = [
     "Apply",
     "Around",
     "Backward",
+    "CombinedOptimizer",
     "CompositionError",
     "DataError",
     "Decorator",
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Run",
@@ -68,9 +75,11 @@ __all__ = [
     "Verdict",
     "Window",
     "compose",
+    "configure_optimizer",
     "constant",
     "cosine",
     "cosine_with_restarts",
+    "create_optimizer",
     "device",
     "ema_weights",
     "eval_step",
@@ -79,6 +88,7 @@ __all__ = [
     "inverse_sqrt",
     "linear",
     "own",
+    "param_groups",
     "polynomial",
     "predict",
     "prefetch",
