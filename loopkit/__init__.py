@@ -40,6 +40,7 @@ from loopkit.optim.phases import (
     warmup,
     wsd,
 )
+from loopkit.optim.plot import plot_schedule
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -89,6 +90,7 @@ __all__ = [
     "linear",
     "own",
     "param_groups",
+    "plot_schedule",
     "polynomial",
     "predict",
     "prefetch",

@@ -181,7 +181,9 @@ def test_schedule_free_optimizers_train_and_evaluate(kind):
 
 
 @pytest.mark.skipif(not installed("torchao"), reason="needs torchao")
-@pytest.mark.filterwarnings("ignore:invalid escape:DeprecationWarning")  # importing torchao warns of its own code
+@pytest.mark.filterwarnings(
+    "ignore:invalid escape:DeprecationWarning"
+)  # importing torchao warns of its own code
 @pytest.mark.parametrize("name", ["adam_8bit", "adamw_8bit", "adamw_4bit", "adamw_fp8"])
 def test_optimizers_of_torchao_are_made(name):
     """The class is torchao's, with our groups."""
