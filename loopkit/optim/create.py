@@ -72,15 +72,12 @@ def create_optimizer(
     _check_lr(call, lr)
     for group in groups:
         group.setdefault("optimizer", name)
+    shared = {"lr": lr} | {k: settings[k] for k in settings if k == "weight_decay"}
     members: dict[str, Optimizer] = {}
     for member in dict.fromkeys(group["optimizer"] for group in groups):
-        own = (
-            settings
-            if member == name
-            else {k: settings[k] for k in settings if k == "weight_decay"}
-        )
         theirs = [group for group in groups if group["optimizer"] == member]
-        members[member] = _make(call, member, theirs, {"lr": lr, **own})
+        own = settings if member == name else {}
+        members[member] = _make(call, member, theirs, shared | own)
     if len(members) == 1:
         for group in groups:
             del group["optimizer"]
@@ -115,7 +112,8 @@ def _groups(call: str, params: Any) -> list[dict[str, Any]]:
 
 
 def _check_lr(call: str, lr: object) -> None:
-    number = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
+    number = isinstance(lr, int | float) and not isinstance(lr, bool)
+    number = number or (isinstance(lr, Tensor) and lr.numel() == 1)
     if not (number and 0 <= float(lr) < math.inf):  # type: ignore[arg-type]
         raise UsageError(
             call, f"lr = {lr!r:.40} ({type(lr).__name__})", "lr: a number of 0 or more"

@@ -201,7 +201,7 @@ class Phase(Schedule):
             return math.inf
         raise UsageError(
             f"{self!r}(step)",
-            "all that other phases leave of a total"
+            "no steps: all that other phases leave of a total"
             if self.steps is None
             else f"the fraction {self.steps} of a total",
             "schedule.over(total_steps), or a number of steps as an int",

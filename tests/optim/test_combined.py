@@ -10,6 +10,11 @@ import pytest
 import torch
 from loopkit import CompositionError, UsageError
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Muon, lr_scheduler
 
@@ -155,6 +160,21 @@ def test_the_state_dict_has_torchs_format():
     assert [group["params"] for group in saved["param_groups"]] == [[0], [1], [2, 3, 4, 5], [6]]
     assert set(saved["state"][1]) == {"momentum_buffer"}
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_torchs_distributed_checkpoints_take_it():
+    """Saved by parameter name through torch.distributed.checkpoint, nested and flat, and back."""
+    state = make_state()
+    lk.train_step(loss_of)(state, batches(1)[0])
+    for flat in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        saved = get_optimizer_state_dict(state.model, state.optimizer, options=options)
+        other = make_state()
+        set_optimizer_state_dict(other.model, other.optimizer, saved, options=options)
+        for a, b in zip(state.parameters(), other.parameters(), strict=True):
+            mine, theirs = state.optimizer.state[a], other.optimizer.state[b]
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,7 @@ WRONG = {
     "a learning rate below 0": (lambda: create(lr=-1.0), "lr = -1.0", "0 or more"),
     "a learning rate of nan": (lambda: create(lr=float("nan")), "lr = nan", "0 or more"),
     "a learning rate in words": (lambda: create(lr="3e-4"), "'3e-4' (str)", "0 or more"),
+    "two learning rates": (lambda: create(lr=torch.ones(2)), "(Tensor)", "0 or more"),
     "no parameters": (lambda: create(params=iter(())), "no parameters", "read once"),
     "groups without parameters": (
         lambda: create(params=[{"params": []}]),
