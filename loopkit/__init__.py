@@ -26,6 +26,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.observe.progress import progress
 from loopkit.optim.combined import CombinedOptimizer
 from loopkit.optim.configure import configure_optimizer
 from loopkit.optim.create import create_optimizer
@@ -94,6 +95,7 @@ __all__ = [
     "polynomial",
     "predict",
     "prefetch",
+    "progress",
     "run",
     "seed_everything",
     "to_device",

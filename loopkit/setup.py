@@ -5,6 +5,8 @@ from loopkit.feature import Feature
 from loopkit.plain import restore
 from loopkit.state import TrainState
 
+MANY = 100
+
 
 def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
     """Run what the features set up on `state`: prepare, compile, parallelize, init.
@@ -39,7 +41,9 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
                 feature.owns[place](state)
     state.set_up.extend(new)
     _init(features, state)
-    state.attached[id(step)] = step
+    if len(state.attached) > MANY:  # steps made in a loop: checking one again is cheap
+        state.attached.clear()
+    state.attached[id(step)] = step  # holding it, so that its id is not given to another
 
 
 def _init(features: tuple[Feature, ...], state: TrainState) -> None:

@@ -84,7 +84,11 @@ class Step:
         Returns:
             The same state.
         """
-        if id(self) not in getattr(state, "attached", ()):
+        try:
+            known = id(self) in state.attached
+        except AttributeError:  # no state: said by set_up, so that it costs nothing here
+            known = False
+        if not known:
             set_up(self.features, self, state)
         window = state.window = self.split(state, batch)
         self.gradients(state, window)

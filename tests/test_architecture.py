@@ -24,6 +24,7 @@ optim.combined optim.groups optim.plot optim.phases
 optim.schedule
 optim
 run predict
+observe
 evaluate
 decorators
 compose

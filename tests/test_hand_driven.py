@@ -101,7 +101,7 @@ def test_a_policy_gradient_on_data_that_the_loop_makes():
 
 
 def test_a_recurrent_hidden_state_carried_from_batch_to_batch():
-    """Truncated backpropagation through time, with the hidden state in extras, trains as by hand."""
+    """Truncated backpropagation, with the hidden state in extras, trains as by hand."""
 
     def loss_of(model, hidden, inputs):
         outputs, hidden = model(inputs, hidden)
