@@ -20,12 +20,28 @@ from loopkit.errors import (
     CompositionError,
     DataError,
     LoopkitError,
+    MissingExtraError,
     NonFiniteError,
     OutputError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
+from loopkit.optim.combined import CombinedOptimizer
+from loopkit.optim.configure import configure_optimizer
+from loopkit.optim.create import create_optimizer
+from loopkit.optim.groups import param_groups
+from loopkit.optim.phases import (
+    constant,
+    cosine,
+    cosine_with_restarts,
+    inverse_sqrt,
+    linear,
+    polynomial,
+    warmup,
+    wsd,
+)
+from loopkit.optim.plot import plot_schedule
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -42,12 +58,14 @@ __all__ = [
     "Apply",
     "Around",
     "Backward",
+    "CombinedOptimizer",
     "CompositionError",
     "DataError",
     "Decorator",
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Run",
@@ -59,12 +77,22 @@ __all__ = [
     "Verdict",
     "Window",
     "compose",
+    "configure_optimizer",
+    "constant",
+    "cosine",
+    "cosine_with_restarts",
+    "create_optimizer",
     "device",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
+    "inverse_sqrt",
+    "linear",
     "own",
+    "param_groups",
+    "plot_schedule",
+    "polynomial",
     "predict",
     "prefetch",
     "progress",
@@ -72,6 +100,7 @@ __all__ = [
     "seed_everything",
     "to_device",
     "train_step",
+    "warmup",
     "windows",
     "with_amp",
     "with_anomaly_detection",
@@ -83,4 +112,5 @@ __all__ = [
     "with_nonfinite",
     "with_schedule",
     "wrap",
+    "wsd",
 ]

@@ -44,3 +44,7 @@ class DataError(LoopkitError, ValueError):
 
 class NonFiniteError(LoopkitError, ArithmeticError):
     """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""
+
+
+class MissingExtraError(LoopkitError, ImportError):
+    """A package that a feature needs, and loopkit does not, is not installed."""

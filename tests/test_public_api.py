@@ -18,7 +18,8 @@ CONTRACT = """
 TrainState Step Window Run train_step eval_step compose wrap own explain run evaluate predict
 windows with_amp with_grad_accum with_clip with_clip_value with_schedule with_ema ema_weights
 with_nonfinite with_anomaly_detection with_closure seed_everything device to_device prefetch
-Transform Forward Backward
+Transform Forward Backward create_optimizer configure_optimizer param_groups CombinedOptimizer
+constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd plot_schedule
 """.split()
 
 
