@@ -15,14 +15,16 @@ WindowSizes = Callable[[], int | None]
 
 
 @contextmanager
-def reading(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def reading(
+    data: Iterable[Any], opened: Callable[[Iterable[Any]], Iterator[Any]] = iter
+) -> Iterator[Iterator[Any]]:
     """Iterate over `data`, and leave no loader workers behind.
 
     An iterator of a DataLoader ends its workers when it is collected, but a traceback,
     or a notebook that shows one, keeps it alive: so end them here. An iterator that was
     given as the data is its owner's, and is left as it is.
     """
-    batches = iter(data)
+    batches = opened(data)
     try:
         yield batches
     finally:
@@ -70,34 +72,31 @@ def check_exhausted(batches: Iterator[Any], length: int) -> None:
 
 def feed_sized(
     batches: Iterator[Any], length: int, sizes: WindowSizes, device: torch.device
-) -> Iterator[tuple[Any, bool]]:
-    """What a step takes, from `length` batches, each with a flag that is true at the last.
+) -> Iterator[Any]:
+    """What a step takes, from `length` batches: bare batches, or windows of them.
 
     Nothing is read before the step asks for it, windows included, so that random
     numbers are drawn in the order of a plain loop.
     """
     moved, left = prefetch(counted(batches, length), device), length
     if sizes() is None:
-        for index, batch in enumerate(moved, 1):
-            yield batch, index == length
+        yield from moved
         return
     while left:
         taken = min(sizes() or 1, left)
         left -= taken
-        yield Window(itertools.islice(moved, taken), taken), not left
+        yield Window(itertools.islice(moved, taken), taken)
 
 
 def feed_unsized(
     batches: Ahead, left: float, sizes: WindowSizes, device: torch.device
-) -> Iterator[tuple[Any, bool]]:
-    """The same from at most `left` batches of data without a length.
-
-    It is read one batch ahead to know the last, but not beyond `left`.
-    """
-    while left and not batches.at_end:
+) -> Iterator[Any]:
+    """The same from at most `left` batches of data without a length."""
+    while left:
         size = sizes()
         chunk = [*itertools.islice(batches, int(min(size or 1, left)))]
+        if not chunk:
+            return
         left -= len(chunk)
         moved = prefetch(chunk, device)
-        last = not left or batches.at_end
-        yield next(moved) if size is None else Window(moved, len(chunk)), last
+        yield next(moved) if size is None else Window(moved, len(chunk))

@@ -1,7 +1,6 @@
 """The loop: a thin iterator that calls the step and yields the state after each update."""
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -15,6 +14,7 @@ from loopkit.errors import DataError, UsageError
 from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
+from loopkit.position import Position, reopened, set_epoch, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -52,38 +52,53 @@ class Loop:
     limits: Limits
     _begun_at: int = 0
     _dried_up: bool = False
+    _end: int | None = None
+    _ahead: Ahead | None = None
 
     def updates(self) -> Generator[TrainState]:
         """The state after each update."""
-        state, step, limits = self.state, self.step, self.limits
-        most = limits.steps or math.inf
-        deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
+        state, step = self.state, self.step
+        most = self.limits.steps or math.inf
+        deadline = time.monotonic() + (self.limits.seconds or math.inf)
         self._start()
         with Interruptible() as interrupt:
-            while not self._ended() and not _is_past(deadline):
-                cut, before = self._cut(), state.step
-                with reading(self.data) as batches:
-                    for batch, last in self._feed(batches):
+            while not self._ended() and time.monotonic() < deadline:
+                before = state.step
+                with reading(self.data, self._open) as batches:
+                    for batch in self._feed(batches):
                         interrupt.busy = True
                         step(state, batch)
                         state.batch += (batch.length or 1) if type(batch) is Window else 1
-                        state.epoch_end = last and state.batch != cut
+                        state.epoch_end = state.batch == self._end
                         interrupt.busy = False
                         if interrupt.pending:
                             interrupt.release()
+                        if state.epoch_end or self._ahead is not None:
+                            self._look_ahead(batches)
                         yield state
-                        if state.step >= most or (deadline is not None and _is_past(deadline)):
+                        if state.step >= most or time.monotonic() >= deadline:
                             break
                     else:
-                        self._check_end(batches, some=state.step > before)
+                        if state.step == before:
+                            self._explain_nothing(batches)
                 self._roll_over()
 
     def _start(self) -> None:
+        state = self.state
         if self._is_other_data():
-            self.state.batch = 0
+            state.batch, state.position = 0, Position()
+        elif state.data is None:
+            take_up(self.data, state.position)
         self._roll_over()
-        self.state.data = self.data
-        self._begun_at, self._dried_up = self.state.epoch, False
+        state.data = self.data
+        self._begun_at, self._dried_up = state.epoch, False
+
+    def _open(self, data: Iterable[Any]) -> Iterator[Any]:
+        set_epoch(data, self.state.epoch)
+        if self.state.batch and not isinstance(data, Iterator):
+            return reopened(data, self.state.position, self.state.batch)
+        self.state.position = Position.beginning(data)
+        return iter(data)
 
     def _roll_over(self) -> None:
         state, length = self.state, self.limits.batches
@@ -103,16 +118,15 @@ class Loop:
         length = self.limits.batches_in(self.state.epoch)
         return None if length == self.limits.batches else length
 
-    def _feed(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        length, taken = self.limits.batches_in(self.state.epoch), self.state.batch
-        if batches is not self.data:  # an iterator knows itself how far it was read
-            for _ in itertools.islice(batches, taken):
-                pass
+    def _feed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        length = self.limits.batches_in(self.state.epoch)
+        self._end, self._ahead = length if self._cut() is None else None, None
         sizes, device = functools.partial(self.step.window, self.state), self.state.device
-        if known_length(self.data) is not None and length is not None:
-            return feed_sized(batches, max(0, length - taken), sizes, device)
-        left = math.inf if length is None else length - taken
-        return feed_unsized(self._ahead_of(batches), left, sizes, device)
+        left = math.inf if length is None else max(0, length - self.state.batch)
+        if known_length(self.data) is not None:
+            return feed_sized(batches, int(left), sizes, device)
+        self._ahead = self._ahead_of(batches)
+        return feed_unsized(self._ahead, left, sizes, device)
 
     def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
         if batches is not self.data:
@@ -121,24 +135,32 @@ class Loop:
             self.state.ahead = Ahead(batches)
         return self.state.ahead  # a run that goes on with an iterator gets what was read ahead
 
-    def _check_end(self, batches: Iterator[Any], *, some: bool) -> None:
-        length = known_length(self.data)
-        if not some:
-            self._dried_up = self._may_dry_up(batches)
-        elif length is not None and not self.limits.capped and self._cut() is None:
-            check_exhausted(batches, length)
+    def _look_ahead(self, batches: Iterator[Any]) -> None:
+        """See whether the epoch is over; after an update, for data may depend on the weights."""
+        state = self.state
+        if self._ahead is None:
+            if not self.limits.capped:
+                check_exhausted(batches, state.batch)
+        elif not state.epoch_end and state.batch != self._cut():
+            state.position.keep(self.data)  # as it is before more is read than was trained on
+            state.epoch_end = self._ahead.at_end
 
-    def _may_dry_up(self, batches: Iterator[Any]) -> bool:
+    def _explain_nothing(self, batches: Iterator[Any]) -> None:
         limits, epoch = self.limits, self.state.epoch
-        if batches is self.data and epoch > self._begun_at:
-            if limits.epochs is None and limits.steps is None:
-                return True
+        if batches is not self.data:
+            if self.state.batch == 0:
+                raise empty(self.data, f"no batch in epoch {epoch}")
+            self.state.epoch_end = True  # it was interrupted when nothing was left
+        elif epoch == self._begun_at:
+            raise empty(self.data, "no batch left in it")
+        elif limits.epochs is None and limits.steps is None:
+            self._dried_up = True
+        else:
             raise DataError(
                 f"run(..., max_epochs={limits.epochs}, max_steps={limits.steps})",
                 f"an iterator, which can be read once; it ended before epoch {epoch}",
                 "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
             )
-        raise empty(self.data, f"no batch in epoch {epoch} after {self.state.batch}")
 
     def total_steps(self) -> int | None:
         """See `Run.total_steps`."""
@@ -211,10 +233,6 @@ class Run:
         schedule that is a function is asked once for each epoch.
         """
         return self._loop.total_steps()
-
-
-def _is_past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
 
 
 def run(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
+from loopkit.position import Position
 from loopkit.window import Ahead, MicroBatches
 
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
@@ -82,6 +83,7 @@ class TrainState:
     attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
+    position: Position = attrs.field(factory=Position)  # how that was opened
     ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None
     _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
@@ -210,6 +212,7 @@ class TrainState:
             "clock": {name: getattr(self, name) for name in CLOCK},
             "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
+            "data": self.position.now(self.data),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -220,7 +223,7 @@ class TrainState:
         Raises:
             UsageError: If a part is missing or not known.
         """
-        parts = {"model", "optimizer", "clock", "features", "extras"}
+        parts = {"model", "optimizer", "clock", "features", "extras", "data"}
         if parts != state_dict.keys():
             raise UsageError(
                 "state.load_state_dict(...)",
@@ -233,7 +236,7 @@ class TrainState:
             self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
-        self.data = None
+        self.data, self.position = None, Position(**copy.deepcopy(dict(state_dict["data"])))
         pending = copy.deepcopy(dict(state_dict["features"]))
         restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
         self.pending = pending

@@ -34,8 +34,8 @@ feature
 types modes metrics
 state feed
 limits device output
-check outcome window interrupt seed
-nested plain extras
+check outcome window interrupt seed position
+nested plain extras rng
 errors
 """.split("\n")[1:-1]
 

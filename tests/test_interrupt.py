@@ -136,7 +136,7 @@ def test_an_interrupt_between_updates_is_as_always():
     with pytest.raises(KeyboardInterrupt):
         for _ in lk.run(mean_output, state, batches()):
             pass
-    assert state.step == 1
+    assert state.step == 2
 
 
 def test_a_handler_of_the_users_is_called_after_the_update():

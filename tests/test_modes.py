@@ -54,7 +54,7 @@ class Noisy(Dataset):
         return 6
 
     def __getitem__(self, index):
-        return torch.rand(4) + random.random() + float(np.random.rand()), index % 3  # noqa: S311
+        return torch.rand(4) + random.random() + float(np.random.rand()), index % 3
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own generator", "shared generator"])
@@ -72,7 +72,7 @@ def test_evaluating_in_the_middle_does_not_change_the_training(shared):
             if evaluating:
                 lk.evaluate(classifier, state, val, inference_mode=state.step % 2 == 0)
                 lk.evaluate(scored, state, {"val": val}, MulticlassAccuracy(3))
-        finals.append((state.state_dict(), torch.rand(3), random.random(), np.random.rand()))  # noqa: S311
+        finals.append((state.state_dict(), torch.rand(3), random.random(), np.random.rand()))
     assert_bitwise_equal(*finals)
 
 

@@ -17,11 +17,11 @@ class Random(Dataset):
         return 8
 
     def __getitem__(self, index):
-        return index, torch.rand(()), random.random(), np.random.rand()  # noqa: S311
+        return index, torch.rand(()), random.random(), np.random.rand()
 
 
 def drawn():
-    return torch.rand(3), random.random(), np.random.rand(3).tolist()  # noqa: S311
+    return torch.rand(3), random.random(), np.random.rand(3).tolist()
 
 
 def epochs(generator, workers=0, between=0):
