@@ -28,11 +28,28 @@ from loopkit.errors import (
     DamageError,
     DataError,
     LoopkitError,
+    MissingExtraError,
     NonFiniteError,
     OutputError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.observe.progress import progress
+from loopkit.optim.combined import CombinedOptimizer
+from loopkit.optim.configure import configure_optimizer
+from loopkit.optim.create import create_optimizer
+from loopkit.optim.groups import param_groups
+from loopkit.optim.phases import (
+    constant,
+    cosine,
+    cosine_with_restarts,
+    inverse_sqrt,
+    linear,
+    polynomial,
+    warmup,
+    wsd,
+)
+from loopkit.optim.plot import plot_schedule
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -54,6 +71,7 @@ __all__ = [
     "CheckpointOptions",
     "CheckpointWarning",
     "Checkpointer",
+    "CombinedOptimizer",
     "CompositionError",
     "DamageError",
     "DataError",
@@ -61,6 +79,7 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Restored",
@@ -74,21 +93,33 @@ __all__ = [
     "WeightsReport",
     "Window",
     "compose",
+    "configure_optimizer",
+    "constant",
+    "cosine",
+    "cosine_with_restarts",
+    "create_optimizer",
     "device",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
+    "inverse_sqrt",
+    "linear",
     "load_best",
     "load_weights",
     "own",
+    "param_groups",
+    "plot_schedule",
+    "polynomial",
     "predict",
     "prefetch",
+    "progress",
     "run",
     "seed_everything",
     "to_device",
     "train_step",
+    "warmup",
     "windows",
     "with_amp",
     "with_anomaly_detection",
@@ -100,4 +131,5 @@ __all__ = [
     "with_nonfinite",
     "with_schedule",
     "wrap",
+    "wsd",
 ]

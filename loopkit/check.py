@@ -1,6 +1,8 @@
 """Checking the settings of a decorator when it is written."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 from loopkit.errors import UsageError
 
@@ -74,3 +76,18 @@ def one_of(call: str, name: str, value: object, choices: tuple[str, ...]) -> str
             call, f"{name} = {value!r:.60}", f"{name}: {' or '.join(map(repr, choices))}"
         )
     return str(value)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """What to write instead of `word`: the known word that is nearest, then all of them.
+
+    Example:
+        >>> near("admw", ("adam", "adamw", "sgd"))
+        "'adamw'; known are adam, adamw, sgd"
+        >>> near("x", ("adam", "sgd"))
+        'one of adam, sgd'
+    """
+    choices = sorted(known)
+    every = ", ".join(choices)
+    close = difflib.get_close_matches(word.lower(), choices, n=1)
+    return f"{close[0]!r}; known are {every}" if close else f"one of {every}"

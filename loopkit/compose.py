@@ -89,6 +89,7 @@ def wrap(
     name: str | None = None,
     prepare: SetUp | None = None,
     init: Init | None = None,
+    claims: tuple[str, ...] = (),
     **layers: Layer,
 ) -> Decorator:
     """A decorator that puts a layer round places of the step.
@@ -103,6 +104,7 @@ def wrap(
         prepare: Run once on a state before its first update.
         init: For each name, what makes the state kept in `state.features[name]` (and in
             checkpoints): a function of the state that returns an object with `state_dict`.
+        claims: What only one feature of a step may do, such as "precision".
         **layers: For each place, what makes the layer: `transform=Centralise`.
 
     Raises:
@@ -121,7 +123,9 @@ def wrap(
     """
     _check_places("wrap", layers, {*PLACES})
     made = name or " + ".join(map(name_of, layers.values())) or "wrap()"
-    return Decorator((Feature(made, wraps=layers, prepare=prepare, init=init or {}),))
+    return Decorator(
+        (Feature(made, wraps=layers, prepare=prepare, init=init or {}, claims=claims),)
+    )
 
 
 def own(*, name: str | None = None, **owners: Callable[..., Any]) -> Decorator:

@@ -56,3 +56,7 @@ class DamageError(CheckpointError):
 
 class CheckpointWarning(UserWarning):
     """Training goes on, but not from where, or not with the copies, that one would expect."""
+
+
+class MissingExtraError(LoopkitError, ImportError):
+    """A package that a feature needs, and loopkit does not, is not installed."""

@@ -1,7 +1,8 @@
 """Evaluation: the same figures whatever the batch size."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -88,8 +89,10 @@ def evaluate(
     """
     lifted, measures = eval_step(step), meters(metrics)
     named = data if isinstance(data, Mapping) else {"": data}
+    if not named:
+        raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
-    with untouched_rng(state.device):
+    with untouched_rng(state.device, named.values()):
         for name, loader in named.items():
             outputs = outputs_of(
                 lifted, state, loader, limit_batches, inference_mode=inference_mode
@@ -107,13 +110,33 @@ def outputs_of(
     *,
     inference_mode: bool,
 ) -> Iterator[tuple[Any, Any]]:
-    """Each batch with what the step function made of it; the modes hold for the forward alone."""
+    """Each batch with what the step function made of it; the modes hold for the forward alone.
+
+    Raises:
+        UsageError: At once, for a limit that cannot be right.
+    """
     limit = batch_limit(data, limit_batches)
+    if known_length(data) is None or limit is None:
+        take = functools.partial(_first, limit=limit)
+    else:
+        take = functools.partial(counted, length=limit, whole=limit_batches is None)
+    return _outputs(step, state, data, take, inference_mode)
+
+
+def _first(batches: Iterator[Any], limit: int | None) -> Iterator[Any]:
+    return itertools.islice(batches, limit)
+
+
+def _outputs(
+    step: Step,
+    state: TrainState,
+    data: Iterable[Any],
+    take: Callable[[Iterator[Any]], Iterator[Any]],
+    inference_mode: bool,
+) -> Iterator[tuple[Any, Any]]:
     some = False
     with reading(data) as batches:
-        exact = known_length(data) is not None and limit is not None
-        taken = counted(batches, limit) if exact and limit else itertools.islice(batches, limit)
-        for batch in prefetch(taken, state.device):
+        for batch in prefetch(take(batches), state.device):
             some = True
             with evaluating(state, inference_mode=inference_mode), step.around(state, True):
                 output = step.forward(state, batch)

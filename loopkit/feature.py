@@ -12,9 +12,11 @@ from loopkit.types import Init, Layer, SetUp
 def _comparable(value: Any) -> Any:
     """`functools.partial` compares by identity; here settings decide."""
     if isinstance(value, functools.partial):
-        return (value.func, value.args, sorted(value.keywords.items()))
+        return value.func, _comparable(value.args), _comparable(value.keywords)
     if isinstance(value, Mapping):
         return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_comparable, value))
     return value
 
 
@@ -35,6 +37,7 @@ class Feature:
         owns: For each place, what stands there in the default's stead.
         prepare: Run once on a state before its first update.
         init: For each name, what makes the state that is kept under it.
+        claims: What only one feature of a step may do, such as "precision".
     """
 
     name: str
@@ -42,6 +45,7 @@ class Feature:
     owns: Mapping[str, Callable[..., Any]] = _values()
     prepare: SetUp | None = attrs.field(default=None, eq=_comparable)
     init: Init = _values()
+    claims: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

@@ -1,7 +1,7 @@
 """Feeding a run: an epoch's batches, as the bare batches or the windows that a step takes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,34 +9,39 @@ import torch
 
 from loopkit.device import prefetch
 from loopkit.errors import DataError
-from loopkit.window import Window
-
-_END = object()
+from loopkit.window import Ahead, Window
 
 WindowSizes = Callable[[], int | None]
 
 
 @contextmanager
-def reading(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def reading(
+    data: Iterable[Any], opened: Callable[[Iterable[Any]], Iterator[Any]] = iter
+) -> Iterator[Iterator[Any]]:
     """Iterate over `data`, and leave no loader workers behind.
 
     An iterator of a DataLoader ends its workers when it is collected, but a traceback,
-    or a notebook that shows one, keeps it alive: so end them here.
+    or a notebook that shows one, keeps it alive: so end them here. An iterator that was
+    given as the data is its owner's, and is left as it is.
     """
-    batches = iter(data)
+    batches = opened(data)
     try:
         yield batches
     finally:
         end_workers = getattr(batches, "_shutdown_workers", None)
-        if end_workers is not None and not getattr(data, "persistent_workers", False):
+        if batches is data or getattr(data, "persistent_workers", False):
+            pass
+        elif end_workers is not None:
             end_workers()
+        elif isinstance(batches, Generator):  # it may read a loader itself
+            batches.close()
 
 
-def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
-    """Exactly `length` batches.
+def counted(batches: Iterator[Any], length: int, *, whole: bool = False) -> Iterator[Any]:
+    """Exactly `length` batches; where they are the `whole` data, none may follow.
 
     Raises:
-        DataError: If there are fewer.
+        DataError: If there are fewer, or more.
     """
     taken = 0
     for taken, batch in enumerate(itertools.islice(batches, length), 1):  # noqa: B007
@@ -47,35 +52,51 @@ def counted(batches: Iterator[Any], length: int) -> Iterator[Any]:
             f"its end after {taken} batches",
             "data with the true length, or without a length (a generator)",
         )
+    if whole:
+        check_exhausted(batches, length)
+
+
+def check_exhausted(batches: Iterator[Any], length: int) -> None:
+    """Check that no batch follows the `length` that the data said it had.
+
+    Raises:
+        DataError: If one does.
+    """
+    for _ in batches:
+        raise DataError(
+            f"data with len(data) = {length}",
+            "more batches than that",
+            "data with the true length, or limit_batches",
+        )
 
 
 def feed_sized(
     batches: Iterator[Any], length: int, sizes: WindowSizes, device: torch.device
-) -> Iterator[tuple[Any, bool]]:
-    """What a step takes, from `length` batches, each with a flag that is true at the last.
+) -> Iterator[Any]:
+    """What a step takes, from `length` batches: bare batches, or windows of them.
 
     Nothing is read before the step asks for it, windows included, so that random
     numbers are drawn in the order of a plain loop.
     """
     moved, left = prefetch(counted(batches, length), device), length
     if sizes() is None:
-        for index, batch in enumerate(moved, 1):
-            yield batch, index == length
+        yield from moved
         return
     while left:
         taken = min(sizes() or 1, left)
         left -= taken
-        yield Window(itertools.islice(moved, taken), taken), not left
+        yield Window(itertools.islice(moved, taken), taken)
 
 
 def feed_unsized(
-    batches: Iterator[Any], sizes: WindowSizes, device: torch.device
-) -> Iterator[tuple[Any, bool]]:
-    """The same from data without a length, which is read one batch ahead to know the last."""
-    ahead = next(batches, _END)
-    while ahead is not _END:
+    batches: Ahead, left: float, sizes: WindowSizes, device: torch.device
+) -> Iterator[Any]:
+    """The same from at most `left` batches of data without a length."""
+    while left:
         size = sizes()
-        chunk = [ahead, *itertools.islice(batches, (size or 1) - 1)]
-        ahead = next(batches, _END)
+        chunk = [*itertools.islice(batches, int(min(size or 1, left)))]
+        if not chunk:
+            return
+        left -= len(chunk)
         moved = prefetch(chunk, device)
-        yield next(moved) if size is None else Window(moved, len(chunk)), ahead is _END
+        yield next(moved) if size is None else Window(moved, len(chunk))

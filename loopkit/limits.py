@@ -36,7 +36,7 @@ def seconds(time: Time) -> float:
         else:
             value = time
         return positive(f"max_time={time!r}", "max_time", value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"max_time={time!r}",
             "no time above 0",
@@ -88,7 +88,7 @@ def batch_limit(data: Any, limit: float | None) -> int | None:
                 f"a fraction of data without a length ({type(data).__name__})",
                 "a number of batches: limit_batches=100",
             )
-        return max(1, int(length * limit))
+        return min(length, max(1, int(round(length * limit, 6))))  # 0.29 * 100 < 29, in floats
     at_least_one(f"limit_batches={limit!r}", "limit_batches", limit)
     return limit if length is None else min(limit, length)
 

@@ -71,7 +71,7 @@ def _joined(column: tuple[Any, ...]) -> Any:
 
 
 def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """A result as named numbers: mappings and tensors are spelled out with slashes.
+    """A result as named numbers: mappings, sequences and arrays are spelled out with slashes.
 
     Example:
         >>> dict(numbers("f1", torch.tensor([0.5, 1.0])))
@@ -80,7 +80,7 @@ def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from numbers(f"{name}/{key}" if name else str(key), item)
-    elif isinstance(value, Tensor) and value.ndim:
+    elif isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0:
         for i, item in enumerate(value):
             yield from numbers(f"{name}/{i}", item)
     else:
@@ -111,9 +111,8 @@ def _meter(name: str, given: Any) -> Meter:
     metric, keys = (
         (given[0], given[1:]) if isinstance(given, tuple) and given else (given, ARGUMENTS)
     )
-    if not (callable(metric) or hasattr(metric, "update")) or not all(
-        isinstance(k, str) for k in keys
-    ):
+    measures = callable(metric) or hasattr(metric, "update")
+    if not measures or not keys or not all(isinstance(key, str) for key in keys):
         raise UsageError(
             f"evaluate(..., metrics={{{name!r}: {given!r:.60}}})",
             f"a {type(given).__name__}",

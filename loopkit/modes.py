@@ -1,7 +1,10 @@
 """Running modules in evaluation mode, and leaving each as it was."""
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,8 +38,27 @@ def evaluating(state: TrainState, *, inference_mode: bool = True) -> Iterator[No
 
 
 @contextmanager
-def untouched_rng(device: torch.device) -> Iterator[None]:
-    """Leave torch's random numbers as they were; a loader draws some, shuffled or not."""
+def untouched_rng(device: torch.device, loaders: Iterable[Any] = ()) -> Iterator[None]:
+    """Leave the random numbers of torch, NumPy and Python as they were.
+
+    A loader draws some, shuffled or not, and its samples may draw more.
+
+    Args:
+        device: Whose generator is kept, beside the CPU's.
+        loaders: Data whose own generators are kept; training may share one.
+    """
     devices = [] if device.type in {"cpu", "meta"} else [device]
+    found = [getattr(loader, "generator", None) for loader in loaders]
+    own = [generator for generator in found if isinstance(generator, torch.Generator)]
+    states, python = [generator.get_state() for generator in own], random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)

@@ -22,17 +22,30 @@ def map_tensors(function: Leaf, tree: Any) -> Any:
         >>> map_tensors(lambda t: t + 1, {"a": (torch.zeros(()), "text")})
         {'a': (tensor(1.), 'text')}
     """
-    if isinstance(tree, Tensor) or hasattr(tree, "to"):
+    if isinstance(tree, Tensor) or _moves_itself(tree):
         return function(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, item) for item in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(function, item) for item in tree)
+        return _map_sequence(function, tree)
     if isinstance(tree, Mapping):
         return _map_mapping(function, tree)
     if names := _field_names(tree):
         return _map_fields(function, tree, names)
     return tree
+
+
+def _moves_itself(tree: Any) -> bool:
+    return callable(getattr(type(tree), "to", None))  # of the type: a field may be called so
+
+
+def _map_sequence(function: Leaf, tree: Any) -> Any:
+    mapped = [map_tensors(function, item) for item in tree]
+    if hasattr(tree, "_fields"):
+        return type(tree)(*mapped)
+    if isinstance(tree, tuple):
+        return type(tree)(mapped)
+    result = copy.copy(tree)  # keeps what a list of the user's own type has beside its items
+    result[:] = mapped
+    return result
 
 
 def _map_mapping(function: Leaf, tree: Mapping[Any, Any]) -> Any:
@@ -62,6 +75,26 @@ def _field_names(tree: Any) -> tuple[str, ...]:
     return ()
 
 
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """What `tree` holds that is no container, in order.
+
+    Example:
+        >>> [*leaves_of([1, {"b": (2, "text")}])]
+        [1, 2, 'text']
+    """
+    if isinstance(tree, list | tuple):
+        for item in tree:
+            yield from leaves_of(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from leaves_of(item)
+    elif names := _field_names(tree):
+        for name in names:
+            yield from leaves_of(getattr(tree, name))
+    else:
+        yield tree
+
+
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """The tensors of `tree`, in order.
 
@@ -70,24 +103,14 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
         >>> [t.item() for t in tensors_of([torch.tensor(1), {"b": torch.tensor(2)}])]
         [1, 2]
     """
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from tensors_of(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_of(item)
-    else:
-        for name in _field_names(tree):
-            yield from tensors_of(getattr(tree, name))
+    return (leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor))
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first tensor that has a dimension.
+    """Number of samples in a batch: the length of its first tensor or array with a dimension.
 
-    A batch without such a tensor counts as its `len()`, and one without a length
-    as a single sample.
+    A batch without one counts as its `len()`, a mapping as its first value does, and one
+    without a length as a single sample.
 
     Example:
         >>> import torch
@@ -97,7 +120,13 @@ def batch_size(batch: Any) -> int:
     first = batch[0] if type(batch) in {list, tuple} and batch else batch
     if isinstance(first, Tensor) and first.ndim:  # the usual batch, without a walk
         return first.shape[0]
-    for tensor in tensors_of(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    return len(batch) if hasattr(batch, "__len__") else 1
+    for leaf in leaves_of(batch):
+        shape = getattr(leaf, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return int(shape[0])
+    if isinstance(batch, Mapping) and batch:
+        return batch_size(next(iter(batch.values())))
+    try:
+        return len(batch)
+    except TypeError:  # a number, or a tensor without a dimension
+        return 1

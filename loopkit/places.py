@@ -63,7 +63,7 @@ def no_context(state: TrainState, last: bool) -> AbstractContextManager[None]:  
 
 def backward(state: TrainState, loss: Tensor) -> None:  # noqa: ARG001
     """The backward pass."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)  # what loss.backward() calls, less a frame of Python
 
 
 def nothing(state: TrainState) -> None:
@@ -163,7 +163,7 @@ def _skips_on_device(optimizer: Optimizer) -> bool:
     # Fused SGD allocates its momentum buffer, then skips the kernel that would fill it: a
     # skipped first update leaves garbage for the second (seen with torch 2.13). So wait once.
     return not isinstance(optimizer, SGD) or all(
-        optimizer.state[parameter].get("momentum_buffer") is not None
+        optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
         for group in optimizer.param_groups
         if group["momentum"]
         for parameter in group["params"]

@@ -44,7 +44,7 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
         >>> is_stateful(torch.nn.Linear(1, 1)), is_stateful(3)
         (True, False)
     """
-    return isinstance(value, Stateful)
+    return isinstance(value, Stateful) and not isinstance(value, type)
 
 
 def saved(value: object) -> Any:

@@ -3,7 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from loopkit.compose import eval_step
 from loopkit.errors import DataError
@@ -11,6 +16,8 @@ from loopkit.evaluate import outputs_of
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
+
+SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def predict(
@@ -42,7 +49,7 @@ def predict(
         >>> list(predict(lambda state, x: x + 1, state, [torch.zeros(2)]))
         [tensor([1., 1.])]
     """
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+    if _shuffles(data):
         raise DataError(
             "predict(step, state, loader)",
             "a loader that shuffles, so that predictions would not be in dataset order",
@@ -50,3 +57,11 @@ def predict(
         )
     outputs = outputs_of(eval_step(step), state, data, limit_batches, inference_mode=inference_mode)
     return (output for _, output in outputs)
+
+
+def _shuffles(data: Iterable[Any]) -> bool:
+    """Whether a loader is known to; its sampler may stand within a batch sampler."""
+    if not isinstance(data, DataLoader):
+        return False
+    samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, SHUFFLING) for sampler in samplers)

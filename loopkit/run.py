@@ -1,7 +1,6 @@
 """The loop: a thin iterator that calls the step and yields the state after each update."""
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -12,12 +11,14 @@ import attrs
 
 from loopkit.compose import train_step
 from loopkit.errors import DataError, UsageError
-from loopkit.feed import feed_sized, feed_unsized, reading
+from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
+from loopkit.position import Position, reopened, set_epoch, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
+from loopkit.window import Ahead, Window
 
 
 @attrs.define
@@ -28,6 +29,160 @@ class Clock:
     epoch: int
     batch: int = 0
     samples: int = 0
+
+
+@attrs.define
+class Loop:
+    """What a run does.
+
+    It is apart from `Run`, which holds the generator of its updates: a generator that held
+    the run in turn would be a cycle, and a loader's workers would outlive a `break` until
+    the garbage collector finds it.
+
+    Attributes:
+        step: What is called for each update.
+        state: What is trained.
+        data: What the batches come from.
+        limits: Where it ends.
+    """
+
+    step: Step
+    state: TrainState
+    data: Iterable[Any]
+    limits: Limits
+    _begun_at: int = 0
+    _dried_up: bool = False
+    _end: int | None = None
+    _ahead: Ahead | None = None
+
+    def updates(self) -> Generator[TrainState]:
+        """The state after each update."""
+        state, step = self.state, self.step
+        most = self.limits.steps or math.inf
+        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        self._start()
+        with Interruptible() as interrupt:
+            while not self._ended() and time.monotonic() < deadline:
+                before = state.step
+                with reading(self.data, self._open) as batches:
+                    for batch in self._feed(batches):
+                        interrupt.busy = True
+                        step(state, batch)
+                        state.batch += (batch.length or 1) if type(batch) is Window else 1
+                        state.epoch_end = state.batch == self._end
+                        interrupt.busy = False
+                        if interrupt.pending:
+                            interrupt.release()
+                        if state.epoch_end or self._ahead is not None:
+                            self._look_ahead(batches)
+                        yield state
+                        if state.step >= most or time.monotonic() >= deadline:
+                            break
+                    else:
+                        if state.step == before:
+                            self._explain_nothing(batches)
+                self._roll_over()
+
+    def _start(self) -> None:
+        state = self.state
+        if self._is_other_data():
+            state.batch, state.position = 0, Position()
+        elif state.data is None:
+            take_up(self.data, state.position)
+        self._roll_over()
+        state.data = self.data
+        self._begun_at, self._dried_up = state.epoch, False
+
+    def _open(self, data: Iterable[Any]) -> Iterator[Any]:
+        set_epoch(data, self.state.epoch)
+        if self.state.batch and not isinstance(data, Iterator):
+            return reopened(data, self.state.position, self.state.batch)
+        self.state.position = Position.beginning(data)
+        return iter(data)
+
+    def _roll_over(self) -> None:
+        state, length = self.state, self.limits.batches
+        complete = length is not None and state.batch >= length and self._cut() is None
+        if state.epoch_end or complete:
+            state.epoch += 1
+            state.batch, state.epoch_end = 0, False
+
+    def _ended(self) -> bool:
+        cut = self._cut()
+        if self._dried_up or (cut is not None and self.state.batch >= cut):
+            return True
+        return self.state.step >= (self.limits.steps or math.inf)
+
+    def _cut(self) -> int | None:
+        """The batch after which a fractional limit ends this epoch before its end, if it does."""
+        length = self.limits.batches_in(self.state.epoch)
+        return None if length == self.limits.batches else length
+
+    def _feed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        length = self.limits.batches_in(self.state.epoch)
+        self._end, self._ahead = length if self._cut() is None else None, None
+        sizes, device = functools.partial(self.step.window, self.state), self.state.device
+        left = math.inf if length is None else max(0, length - self.state.batch)
+        if known_length(self.data) is not None:
+            return feed_sized(batches, int(left), sizes, device)
+        self._ahead = self._ahead_of(batches)
+        return feed_unsized(self._ahead, left, sizes, device)
+
+    def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
+        if batches is not self.data:
+            return Ahead(batches)
+        if self.state.ahead is None or self.state.ahead.items is not batches:
+            self.state.ahead = Ahead(batches)
+        return self.state.ahead  # a run that goes on with an iterator gets what was read ahead
+
+    def _look_ahead(self, batches: Iterator[Any]) -> None:
+        """See whether the epoch is over; after an update, for data may depend on the weights."""
+        state = self.state
+        if self._ahead is None:
+            if not self.limits.capped:
+                check_exhausted(batches, state.batch)
+        elif not state.epoch_end and state.batch != self._cut():
+            state.position.keep(self.data)  # as it is before more is read than was trained on
+            state.epoch_end = self._ahead.at_end
+
+    def _explain_nothing(self, batches: Iterator[Any]) -> None:
+        limits, epoch = self.limits, self.state.epoch
+        if batches is not self.data:
+            if self.state.batch == 0:
+                raise empty(self.data, f"no batch in epoch {epoch}")
+            self.state.epoch_end = True  # it was interrupted when nothing was left
+        elif epoch == self._begun_at:
+            raise empty(self.data, "no batch left in it")
+        elif limits.epochs is None and limits.steps is None:
+            self._dried_up = True
+        else:
+            raise DataError(
+                f"run(..., max_epochs={limits.epochs}, max_steps={limits.steps})",
+                f"an iterator, which can be read once; it ended before epoch {epoch}",
+                "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
+            )
+
+    def total_steps(self) -> int | None:
+        """See `Run.total_steps`."""
+        by_epochs = self._steps_by_epochs()
+        ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
+        return max(self.state.step, min(ends)) if ends else None
+
+    def _steps_by_epochs(self) -> int | None:
+        if self.limits.epochs is None or self.limits.batches is None:
+            return None
+        state = self.state
+        clock = Clock(state.step, state.epoch + state.epoch_end)
+        taken = 0 if state.epoch_end or self._is_other_data() else state.batch
+        most = self.limits.steps or math.inf
+        while clock.step < most and (batches := self.limits.batches_in(clock.epoch)):
+            size = self.step.window(clock) or 1  # type: ignore[arg-type]
+            clock.step += math.ceil(max(0, batches - taken) / size)
+            clock.epoch, taken = clock.epoch + 1, 0
+        return clock.step
+
+    def _is_other_data(self) -> bool:
+        return self.state.data is not None and self.state.data is not self.data
 
 
 class Run:
@@ -46,7 +201,8 @@ class Run:
 
     def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
         self.step, self.state, self.data, self.limits = step, state, data, limits
-        self._iterator: Generator[TrainState] = self._updates()
+        self._loop = Loop(step, state, data, limits)
+        self._iterator: Generator[TrainState] = self._loop.updates()
 
     def __iter__(self) -> Iterator[TrainState]:
         return self._iterator
@@ -76,109 +232,7 @@ class Run:
         Exact for sized data, unless updates of this state were made outside of `run`. A window
         schedule that is a function is asked once for each epoch.
         """
-        by_epochs = self._steps_by_epochs()
-        ends = [end for end in (self.limits.steps, by_epochs) if end is not None]
-        return min(ends, default=None)
-
-    def _steps_by_epochs(self) -> int | None:
-        if self.limits.epochs is None or self.limits.batches is None:
-            return None
-        state = self.state
-        clock = Clock(state.step, state.epoch + state.epoch_end)
-        taken = 0 if state.epoch_end or self._is_other_data() else state.batch
-        while batches := self.limits.batches_in(clock.epoch):
-            size = self.step.window(clock) or 1  # type: ignore[arg-type]
-            clock.step += math.ceil(max(0, batches - taken) / size)
-            clock.epoch, taken = clock.epoch + 1, 0
-        return clock.step
-
-    def _is_other_data(self) -> bool:
-        return self.state.data not in (None, self.data)
-
-    def _updates(self) -> Generator[TrainState]:
-        state, step, limits = self.state, self.step, self.limits
-        most = limits.steps or math.inf
-        deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
-        self._start()
-        with Interruptible() as interrupt:
-            while not self._ended() and not _is_past(deadline):
-                whole, before = self._is_whole(), state.step
-                with reading(self.data) as batches:
-                    for batch, last in self._feed(batches):
-                        interrupt.busy = True
-                        step(state, batch)
-                        state.batch += len(state.outcome.parts)
-                        state.epoch_end = last and whole
-                        interrupt.busy = False
-                        if interrupt.pending:
-                            interrupt.release()
-                        yield state
-                        if state.step >= most or (deadline is not None and _is_past(deadline)):
-                            break
-                    else:
-                        self._check_end(batches, some=state.step > before)
-                self._roll_over()
-
-    def _start(self) -> None:
-        self._roll_over()
-        if self._is_other_data():
-            self.state.batch = 0
-        self.state.data = self.data
-        self._begun_at, self._dried_up = self.state.epoch, False
-
-    def _roll_over(self) -> None:
-        if self.state.epoch_end:
-            self.state.epoch += 1
-            self.state.batch, self.state.epoch_end = 0, False
-
-    def _ended(self) -> bool:
-        length = self.limits.batches_in(self.state.epoch)
-        cut = length is not None and not self._is_whole() and self.state.batch >= length
-        if self._dried_up or cut or length == 0:
-            return True
-        return self.state.step >= (self.limits.steps or math.inf)
-
-    def _is_whole(self) -> bool:
-        return self.limits.epochs is None or self.state.epoch + 1 <= self.limits.epochs
-
-    def _feed(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        length, taken = self.limits.batches_in(self.state.epoch), self.state.batch
-        if batches is not self.data:  # an iterator knows itself how far it was read
-            for _ in itertools.islice(batches, taken):
-                pass
-        sizes, device = functools.partial(self.step.window, self.state), self.state.device
-        if known_length(self.data) is not None and length is not None:
-            return feed_sized(batches, max(0, length - taken), sizes, device)
-        return feed_unsized(
-            itertools.islice(batches, None if length is None else length - taken), sizes, device
-        )
-
-    def _check_end(self, batches: Iterator[Any], *, some: bool) -> None:
-        length = None if self.limits.capped or not self._is_whole() else known_length(self.data)
-        if not some:
-            self._dried_up = self._may_dry_up(batches)
-        elif length is not None and next(batches, self) is not self:
-            raise DataError(
-                f"data with len(data) = {length}",
-                "more batches than that",
-                "data with the true length, or limit_batches",
-            )
-
-    def _may_dry_up(self, batches: Iterator[Any]) -> bool:
-        limits, epoch = self.limits, self.state.epoch
-        if batches is self.data and epoch > self._begun_at:
-            if limits.epochs is None and limits.steps is None:
-                return True
-            raise DataError(
-                f"run(..., max_epochs={limits.epochs}, max_steps={limits.steps})",
-                f"an iterator, which can be read once; it ended before epoch {epoch}",
-                "data that can be iterated anew for each epoch (a list, a loader), or max_epochs=1",
-            )
-        raise empty(self.data, f"no batch in epoch {epoch} after {self.state.batch}")
-
-
-def _is_past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
+        return self._loop.total_steps()
 
 
 def run(

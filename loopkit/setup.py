@@ -10,6 +10,8 @@ from loopkit.feature import Feature
 from loopkit.plain import restore
 from loopkit.state import TrainState
 
+MANY = 100
+
 
 def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
     """Run what the features set up on `state`: prepare, compile, parallelize, init.
@@ -42,12 +44,11 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
         for feature in new:
             if place in feature.owns:
                 feature.owns[place](state)
-    with _restored_values(state):
-        for feature in new:
-            for name, make in feature.init.items():
-                _keep(state, name, make(state))
     state.set_up.extend(new)
-    state.attached[id(step)] = step
+    _init(features, state)
+    if len(state.attached) > MANY:  # steps made in a loop: checking one again is cheap
+        state.attached.clear()
+    state.attached[id(step)] = step  # holding it, so that its id is not given to another
 
 
 @contextmanager
@@ -58,15 +59,19 @@ def _restored_values(state: TrainState) -> Iterator[None]:
         {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         for group in groups
     ]
-    yield
-    for group, values in zip(groups, kept, strict=True):
-        group.update(values)
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, kept, strict=True):
+            group.update(values)
 
 
-def _keep(state: TrainState, name: str, made: object) -> None:
-    state.features[name] = made
-    if name in state.pending:
-        restore(state.features, {name: state.pending.pop(name)})
+def _init(features: tuple[Feature, ...], state: TrainState) -> None:
+    makers = {name: make for feature in features for name, make in feature.init.items()}
+    with _restored_values(state):
+        made = {name: make(state) for name, make in makers.items() if name not in state.features}
+    state.features |= made  # only now, so that one that fails leaves none behind
+    restore(state.features, {name: state.pending.pop(name) for name in made.keys() & state.pending})
 
 
 def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
+from loopkit.position import Position
 from loopkit.rng import rng_state, set_rng_state
-from loopkit.window import MicroBatches
+from loopkit.window import Ahead, MicroBatches
 
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
 
@@ -84,6 +85,8 @@ class TrainState:
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
+    position: Position = attrs.field(factory=Position)  # how that was opened
+    ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None
     _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
 
@@ -215,6 +218,7 @@ class TrainState:
             "clock": {name: getattr(self, name) for name in CLOCK},
             "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
+            "data": self.position.now(self.data),
             "rng": rng_state(self.device),
         }
 
@@ -235,7 +239,7 @@ class TrainState:
             UsageError: If a part is missing or not known.
             CompositionError: Within `with lk.ema_weights(state)`.
         """
-        parts = {"model", "optimizer", "clock", "features", "extras", "rng"}
+        parts = {"model", "optimizer", "clock", "features", "extras", "data", "rng"}
         if self._own is not None:
             raise CompositionError(
                 "state.load_state_dict(...) inside `with lk.ema_weights(state)`",
@@ -254,7 +258,7 @@ class TrainState:
             self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
-        self.data = None
+        self.data, self.position = None, Position(**copy.deepcopy(dict(state_dict["data"])))
         pending = copy.deepcopy(dict(state_dict["features"]))
         restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
         self.pending = pending

@@ -84,7 +84,11 @@ class Step:
         Returns:
             The same state.
         """
-        if id(self) not in state.attached:
+        try:
+            known = id(self) in state.attached
+        except AttributeError:  # no state: said by set_up, so that it costs nothing here
+            known = False
+        if not known:
             set_up(self.features, self, state)
         window = state.window = self.split(state, batch)
         self.gradients(state, window)
@@ -161,7 +165,8 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
     seen: dict[tuple[str, str], Feature] = {}
     for feature in features:
         claims = [("own the place", place) for place in feature.owns]
-        for claim in claims + [("keep state under the name", name) for name in feature.init]:
+        claims += [("keep state under the name", name) for name in feature.init]
+        for claim in claims + [("set the", name) for name in feature.claims]:
             other = seen.setdefault(claim, feature)
             if other is not feature:
                 raise CompositionError(

@@ -64,10 +64,10 @@ MicroBatches = tuple[Iterable[Any], int | None]
 
 
 class Ahead:
-    """An iterator that knows when it has given its last item.
+    """An iterator that knows whether it has given its last item; asked, it reads one ahead.
 
     Attributes:
-        at_end: Whether nothing follows.
+        items: What it reads from.
 
     Example:
         >>> items = Ahead(iter("ab"))
@@ -76,25 +76,21 @@ class Ahead:
     """
 
     def __init__(self, items: Iterator[Any]) -> None:
-        self._items = items
-        self._take()
+        self.items = items
+        self._read: list[Any] = []
 
-    def _take(self) -> None:
-        self.at_end = False
-        try:
-            self._next = next(self._items)
-        except StopIteration:
-            self.at_end, self._next = True, None
+    @property
+    def at_end(self) -> bool:
+        """Whether nothing follows."""
+        if not self._read:
+            self._read.extend(itertools.islice(self.items, 1))
+        return not self._read
 
     def __iter__(self) -> "Ahead":
         return self
 
     def __next__(self) -> Any:
-        if self.at_end:
-            raise StopIteration
-        item = self._next
-        self._take()
-        return item
+        return self._read.pop() if self._read else next(self.items)
 
 
 def windows(data: Iterable[Any], n: int) -> Iterator[Window]:
@@ -114,7 +110,9 @@ def windows(data: Iterable[Any], n: int) -> Iterator[Window]:
         >>> [list(w.batches) for w in windows("abcde", 2)]
         [['a', 'b'], ['c', 'd'], ['e']]
     """
-    if n < 1:
-        raise UsageError(f"windows(data, {n})", f"n = {n}", "windows(data, n) with n >= 1")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise UsageError(
+            f"windows(data, {n!r})", f"n = {n!r}", "windows(data, n) with a whole n >= 1"
+        )
     batches = iter(data)
     return (Window(chunk) for chunk in iter(lambda: list(itertools.islice(batches, n)), []))

@@ -98,10 +98,11 @@ def with_amp(dtype: str, *, init_scale: float = 2.0**16) -> Decorator:
     name = f"with_amp({dtype!r})"
     autocast = functools.partial(Autocast, dtype=DTYPES[one_of(name, "dtype", dtype, (*DTYPES,))])
     if dtype == "bf16":
-        return wrap(name=name, forward=autocast)
+        return wrap(name=name, claims=("precision",), forward=autocast)
     scale = positive(name, "init_scale", init_scale)
     return wrap(
         name=name,
+        claims=("precision",),
         init={KEPT_AS: functools.partial(_make_scaler, init_scale=scale)},
         forward=autocast,
         backward=ScaleLoss,

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from loopkit.compose import Decorator, wrap
+from loopkit.compose import Decorator, compose, wrap
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
 from loopkit.types import Apply, Recompute, Transform
 
 Schedule = Callable[[int], float]
+KEPT_AS = "schedule."
 
 
 @attrs.define
@@ -34,20 +35,19 @@ class Count:
 
 @attrs.frozen
 class SetValues:
-    """Values of the param groups, set for the update that comes."""
+    """A value of the param groups, set for the update that comes."""
 
     inner: Apply
-    schedules: tuple[tuple[str, Schedule | tuple[Schedule, ...]], ...]
-    name: str
+    key: str
+    schedule: Schedule | tuple[Schedule, ...]
 
     def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
-        """Set the values, go on, and count the update if it was applied."""
-        count = state.features[self.name]
+        """Set the value, go on, and count the update if it was applied."""
+        count = state.features[KEPT_AS + self.key]
         groups: Any = state.optimizer and state.optimizer.param_groups
-        for key, schedule in self.schedules:
-            of_groups = (schedule,) * len(groups) if callable(schedule) else schedule
-            for group, function in zip(groups, of_groups, strict=True):
-                _set(group, key, function(count.updates))
+        for i, group in enumerate(groups):
+            schedule = self.schedule if callable(self.schedule) else self.schedule[i]
+            _set(group, self.key, schedule(count.updates))
         applied = self.inner(state, recompute)
         count.updates += bool(applied)  # waits for the device where the skip was decided on it
         return applied
@@ -65,21 +65,18 @@ class StepScheduler:
     """A torch scheduler's step after each applied update."""
 
     inner: Transform
-    name: str
 
     def __call__(self, state: TrainState) -> None:
         """Step it, then go on."""
         if state.applied:
             if isinstance(state.lr, Tensor):  # which the scheduler overwrites
                 state.lr = state.lr.clone()
-            state.features[self.name].step()
+            state.features[KEPT_AS + "lr"].step()
         self.inner(state)
 
 
 def with_schedule(
     scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
-    *,
-    name: str = "schedule",
     **values: Schedule | Sequence[Schedule],
 ) -> Decorator:
     """Set values of the optimizer's param groups as functions of the update count.
@@ -91,7 +88,6 @@ def with_schedule(
     Args:
         scheduler: A torch scheduler over the state's optimizer, or what makes one from
             an optimizer: `partial(CosineAnnealingLR, T_max=1000)`.
-        name: Where the state keeps the count; a second schedule needs a second name.
         **values: For each key of the param groups, a function of the count for all
             groups, or one for each group: `lr=lambda n: 1e-3 * 0.99**n`, `weight_decay=[f, g]`.
 
@@ -111,18 +107,29 @@ def with_schedule(
                 f"a torch scheduler and {sorted(values)}",
                 "one or the other; two decorators for both",
             )
-        return _with_torch_scheduler(scheduler, name)
+        return _with_torch_scheduler(scheduler)
     if not values:
         raise UsageError(
             call, "no schedule", "with_schedule(lr=f) or with_schedule(torch_scheduler)"
         )
-    schedules = tuple((key, _checked(call, key, value)) for key, value in values.items())
-    layer = functools.partial(SetValues, schedules=schedules, name=name)
-    make = functools.partial(_make_count, call=call, schedules=schedules)
-    return wrap(name=call, init={name: make}, apply=layer)
+    return compose(*(_of_key(call, key, value) for key, value in reversed(values.items())))
 
 
-def _with_torch_scheduler(scheduler: Any, name: str) -> Decorator:
+def _of_key(call: str, key: str, value: Any) -> Decorator:
+    if isinstance(value, Sequence) and value and all(map(callable, value)):
+        value = tuple(value)
+    elif not callable(value):
+        raise UsageError(
+            call,
+            f"{key} = {value!r:.60}",
+            f"{key}: a function of the update count, or one for each group",
+        )
+    make = functools.partial(_make_count, call=call, key=key, schedule=value)
+    layer = functools.partial(SetValues, key=key, schedule=value)
+    return wrap(name=call, init={KEPT_AS + key: make}, apply=layer)
+
+
+def _with_torch_scheduler(scheduler: Any) -> Decorator:
     call = f"with_schedule({_shown(scheduler)})"
     if isinstance(scheduler, ReduceLROnPlateau) or not (
         callable(scheduler) or isinstance(scheduler, LRScheduler)
@@ -134,27 +141,23 @@ def _with_torch_scheduler(scheduler: Any, name: str) -> Decorator:
             " for ReduceLROnPlateau call scheduler.step(score) in your loop",
         )
     make = functools.partial(_make_scheduler, call=call, scheduler=scheduler)
-    return wrap(name=call, init={name: make}, after=functools.partial(StepScheduler, name=name))
+    return wrap(name=call, init={KEPT_AS + "lr": make}, after=StepScheduler)
 
 
 def _make_count(
-    state: TrainState, call: str, schedules: tuple[tuple[str, Schedule | tuple[Schedule, ...]], ...]
+    state: TrainState, call: str, key: str, schedule: Schedule | tuple[Schedule, ...]
 ) -> Count:
     groups = state.optimizer.param_groups if state.optimizer else []
-    for key, schedule in schedules:
-        if missing := [i for i, group in enumerate(groups) if key not in group]:
-            raise UsageError(
-                call,
-                f"no {key!r} in the param groups {missing}, which have"
-                f" {sorted(groups[missing[0]].keys() - {'params'})}",
-                "one of those names",
-            )
-        if not callable(schedule) and len(schedule) != len(groups):
-            raise UsageError(
-                call,
-                f"{len(schedule)} schedules for {len(groups)} param groups",
-                "one for each group",
-            )
+    if missing := [i for i, group in enumerate(groups) if key not in group]:
+        raise UsageError(
+            call,
+            f"no {key!r} in the param groups {missing}",
+            f"one of the names they have: {sorted(groups[missing[0]].keys() - {'params'})}",
+        )
+    if not callable(schedule) and len(schedule) != len(groups):
+        raise UsageError(
+            call, f"{len(schedule)} schedules for {len(groups)} param groups", "one for each group"
+        )
     return Count()
 
 
@@ -167,18 +170,6 @@ def _make_scheduler(state: TrainState, call: str, scheduler: Any) -> LRScheduler
             call, "a scheduler over another optimizer", "a scheduler made from state.optimizer"
         )
     return made
-
-
-def _checked(call: str, key: str, value: Any) -> Schedule | tuple[Schedule, ...]:
-    if callable(value):
-        return value  # type: ignore[no-any-return]
-    if isinstance(value, Sequence) and value and all(map(callable, value)):
-        return tuple(value)
-    raise UsageError(
-        call,
-        f"{key} = {value!r:.60}",
-        f"{key}: a function of the update count, or one for each group",
-    )
 
 
 def _shown(value: Any) -> str:

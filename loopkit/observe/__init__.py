@@ -1,0 +1,1 @@
+"""What is shown and written down between updates: iterator in, iterator out."""

@@ -1,0 +1,1 @@
+"""Optimizers by name, their param groups, and schedules."""

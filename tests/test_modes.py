@@ -1,0 +1,101 @@
+"""Evaluating leaves modes, random numbers and the training as they were."""
+
+import random
+
+import loopkit as lk
+import numpy as np
+import pytest
+import torch
+from loopkit.testing import assert_bitwise_equal
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from feeds import finish, numbered, tiny_state
+from problems import classifier, make_batches, make_state, mlp
+
+
+def scored(state, batch):
+    logits = state.model(batch[0])
+    return {"loss": F.cross_entropy(logits, batch[1]), "preds": logits, "target": batch[1]}
+
+
+def test_every_module_gets_its_own_mode_back():
+    """Frozen parts stay frozen, and modules among the extras are treated alike, also on error."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    model[1].eval()
+    teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()).eval()
+    teacher[1].train()
+    state = lk.TrainState(model, critic=nn.Dropout(), teacher=teacher, notes="text")
+    modules = [*model.modules(), *teacher.modules(), state.extras["critic"]]
+    before, during = [m.training for m in modules], []
+
+    def step(state, batch):
+        during.extend(m.training for m in modules)
+        if batch[0].sum() > 1e6:
+            raise ArithmeticError("too large")
+        return F.cross_entropy(state.model(batch[0]), batch[1])
+
+    statistics = model[1].running_mean.clone()
+    lk.evaluate(step, state, make_batches(3))
+    assert [m.training for m in modules] == before
+    with pytest.raises(ArithmeticError):
+        lk.evaluate(step, state, [(torch.full((2, 4), 1e9), torch.tensor([0, 1]))])
+    assert [m.training for m in modules] == before
+    assert not any(during)
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+class Noisy(Dataset):
+    """Samples that take random numbers from everywhere."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.rand(4) + random.random() + float(np.random.rand()), index % 3
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own generator", "shared generator"])
+def test_evaluating_in_the_middle_does_not_change_the_training(shared):
+    """Training with evaluations at every update equals training without, bit for bit."""
+    finals = []
+    for evaluating in (False, True):
+        generator = lk.seed_everything(3)
+        model = nn.Sequential(mlp(dropout=0.3), nn.BatchNorm1d(3))
+        state = lk.TrainState(model, torch.optim.AdamW(model.parameters()))
+        step = lk.compose(lk.with_grad_accum(2), lk.with_ema(0.9), lk.with_clip(1.0))(classifier)
+        train = DataLoader(Noisy(), 2, shuffle=True, generator=generator)
+        val = DataLoader(Noisy(), 2, shuffle=True, generator=generator if shared else None)
+        for state in lk.run(step, state, train, max_epochs=3):
+            if evaluating:
+                lk.evaluate(classifier, state, val, inference_mode=state.step % 2 == 0)
+                lk.evaluate(scored, state, {"val": val}, MulticlassAccuracy(3))
+        finals.append((state.state_dict(), torch.rand(3), random.random(), np.random.rand()))
+    assert_bitwise_equal(*finals)
+
+
+def test_averaged_weights_are_evaluated_in_their_place():
+    """Within ema_weights the averages are measured, and the training goes on as before."""
+    state = make_state()
+    step = lk.with_ema(0.9)(classifier)
+    finish(lk.run(step, state, make_batches(), max_epochs=1))
+    plain = lk.evaluate(classifier, state, make_batches())
+    with lk.ema_weights(state):
+        assert lk.evaluate(classifier, state, make_batches()) != plain
+    assert lk.evaluate(classifier, state, make_batches()) == plain
+
+
+def test_inference_mode_or_no_grad():
+    """By default tensors are inference tensors; with no_grad they can be used in autograd later."""
+    found = []
+
+    def step(state, x):
+        found.append((x * 1).is_inference())
+        assert not torch.is_grad_enabled()
+        return state.model(x).mean()
+
+    lk.evaluate(step, tiny_state(), numbered(1))
+    lk.evaluate(step, tiny_state(), numbered(1), inference_mode=False)
+    assert found == [True, False]
