@@ -6,9 +6,10 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from loopkit.checkpoint.manifest import Manifest, damage
+from loopkit.checkpoint.manifest import Manifest
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.checkpoint.read import MALFORMED, TREE, Loaded
-from loopkit.errors import CheckpointError
+from loopkit.errors import CheckpointError, DamageError
 from loopkit.plain import is_stateful
 from loopkit.state import TrainState
 
@@ -133,10 +134,12 @@ def check(state: TrainState, manifest: Manifest, loaded: Loaded) -> tuple[str, .
     try:
         found = differences(state, manifest, loaded)
     except MALFORMED as error:  # it fits its checksums, but nothing that a state can be
-        raise damage(TREE, f"malformed: {type(error).__name__}: {error}"[:200]) from error
+        raise DamageError(
+            RESTORE, f"{TREE} damaged ({type(error).__name__}: {error})"[:200], ANOTHER_COPY
+        ) from error
     if found.fatal:
         raise CheckpointError(
-            "checkpoints.restore(state)",
+            RESTORE,
             "another configuration:" + "".join(f"\n    {line}" for line in found.fatal),
             "the model, optimizer and decorators that the checkpoint was saved with;"
             " for its weights alone lk.load_weights(model, path)",

@@ -7,8 +7,10 @@ import stat
 import zlib
 from pathlib import Path
 
-from loopkit.checkpoint.manifest import File, damage
+from loopkit.checkpoint.manifest import File
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.checkpoint.tensors import CHUNK
+from loopkit.errors import DamageError
 
 # Windows has neither flag; there a folder cannot be opened, and its entries are durable at once
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
@@ -88,17 +90,21 @@ def read_bytes(path: Path, *, size: int | None = None, limit: int | None = None)
         with os.fdopen(file, "rb", buffering=0) as opened:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
-                raise damage(path.name, "no regular file")
+                raise DamageError(RESTORE, f"{path.name} damaged (no regular file)", ANOTHER_COPY)
             if size not in (None, found.st_size) or (limit and found.st_size > limit):
-                raise damage(path.name, f"{found.st_size} bytes; expected {size=}, {limit=}")
+                raise DamageError(
+                    RESTORE, f"{path.name} damaged (its size is {found.st_size})", ANOTHER_COPY
+                )
             data = bytearray(found.st_size)
             view, read = memoryview(data), 0
             while count := opened.readinto(view[read : read + CHUNK]):
                 read += count
     except OSError as error:
-        raise damage(path.name, _reason(error)) from error
+        raise DamageError(
+            RESTORE, f"{path.name} damaged ({_reason(error)})", ANOTHER_COPY
+        ) from error
     if read != len(data):
-        raise damage(path.name, f"{read} bytes, not {len(data)}")
+        raise DamageError(RESTORE, f"{path.name} damaged (it ends early)", ANOTHER_COPY)
     return data
 
 
@@ -115,7 +121,7 @@ def read_checked(path: Path, file: File) -> bytearray:
     """
     data = read_bytes(path, size=file.size)
     if f"{zlib.crc32(data):08x}" != file.crc32:
-        raise damage(path.name, "crc32")
+        raise DamageError(RESTORE, f"{path.name} damaged (crc32)", ANOTHER_COPY)
     if file.sha256 is not None and hashlib.sha256(data).hexdigest() != file.sha256:
-        raise damage(path.name, "sha256")
+        raise DamageError(RESTORE, f"{path.name} damaged (sha256)", ANOTHER_COPY)
     return data

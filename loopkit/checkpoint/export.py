@@ -119,6 +119,14 @@ def load_weights(
     Raises:
         CheckpointError: If the file is none, or does not fit.
         DamageError: If the checkpoint is not intact.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export(nn.Linear(2, 1), f"{folder}/model.safetensors")
+        ...     print(load_weights(nn.Linear(2, 1, bias=False), path, strict=False))
+        1 loaded
+        1 unexpected in the file: bias
     """
     weights = {n.removeprefix(prefix): w for n, w in _read_weights(Path(path)).items()}
     here = model.state_dict()

@@ -9,7 +9,8 @@ from pathlib import Path
 import attrs
 
 from loopkit.checkpoint.disk import is_folder, read_bytes
-from loopkit.checkpoint.manifest import LIMIT, MANIFEST, Manifest, damage
+from loopkit.checkpoint.manifest import LIMIT, MANIFEST, Manifest
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.errors import DamageError
 
 NAME = re.compile(r"step-(\d{12})(?:-\d{1,9})?")  # with a number where a step is saved again
@@ -98,7 +99,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     manifest = Manifest.from_bytes(bytes(read_bytes(path / MANIFEST, limit=LIMIT)))
     if (named := NAME.fullmatch(path.name)) and int(named[1]) != manifest.step:
-        raise damage(MANIFEST, f"it is of step {manifest.step}")
+        raise DamageError(RESTORE, f"{MANIFEST} damaged (of step {manifest.step})", ANOTHER_COPY)
     return Checkpoint(path, manifest)
 
 

@@ -12,8 +12,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from loopkit.checkpoint.messages import ANOTHER_COPY, PLAIN_DATA, RESTORE, SAVE
 from loopkit.checkpoint.tensors import DTYPES
-from loopkit.errors import UsageError
+from loopkit.errors import DamageError, UsageError
 
 Json = Any
 Path = tuple[str, ...]
@@ -48,7 +49,7 @@ class Encoder:
         if type(value) is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if len(path) > DEPTH:
-            raise _refused(path[:5], f"nesting deeper than {DEPTH}; does it hold itself?")
+            raise UsageError(SAVE, f"nesting without end at {_at(path[:5])}", PLAIN_DATA)
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         return self._container(value, path)
@@ -76,7 +77,7 @@ class Encoder:
         encoded = []
         for key, value in values.items():
             if isinstance(key, Tensor):
-                raise _refused(path, "a tensor as a key")
+                raise UsageError(SAVE, f"a tensor as a key at {_at(path)}", PLAIN_DATA)
             encoded.append([self.encode(key, path), self.encode(value, (*path, str(key)))])
         return encoded
 
@@ -101,10 +102,12 @@ class Encoder:
             try:
                 return {tag: self._tensor(torch.from_numpy(numpy.array(value)), path)}
             except TypeError as error:
-                raise _refused(path, f"a NumPy array of dtype {value.dtype}") from error
+                found = f"a NumPy array of dtype {value.dtype} at {_at(path)}"
+                raise UsageError(SAVE, found, PLAIN_DATA) from error
         if isinstance(value, int | float | str):  # of an IntEnum or StrEnum: equal to their values
             return self.encode(json.loads(json.dumps(value)), path)
-        raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
+        found = f"a {type(value).__module__}.{type(value).__qualname__} at {_at(path)}"
+        raise UsageError(SAVE, found, PLAIN_DATA)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -116,20 +119,16 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 def _check_tensor(tensor: Tensor, path: Path) -> None:
     if type(tensor) not in {Tensor, nn.Parameter}:
-        raise _refused(path, f"a tensor of the subclass {type(tensor).__qualname__}")
+        raise UsageError(SAVE, f"a {type(tensor).__qualname__} at {_at(path)}", PLAIN_DATA)
     if tensor.layout is not torch.strided or tensor.is_meta:
-        raise _refused(path, f"a tensor of layout {tensor.layout} on {tensor.device}")
+        found = f"a tensor of layout {tensor.layout} on {tensor.device} at {_at(path)}"
+        raise UsageError(SAVE, found, PLAIN_DATA)
     if tensor.dtype not in DTYPES and tensor.dtype is not torch.complex128:
-        raise _refused(path, f"a tensor of dtype {tensor.dtype}")
+        raise UsageError(SAVE, f"a tensor of {tensor.dtype} at {_at(path)}", PLAIN_DATA)
 
 
-def _refused(path: Path, found: str) -> UsageError:
-    return UsageError(
-        "checkpoints.save(state)",
-        f"{found} at {'.'.join(path)}",
-        "plain data there: numbers, text, dense tensors, arrays, and lists, tuples, sets and"
-        " dicts of those; or an object with state_dict and load_state_dict that gives such data",
-    )
+def _at(path: Path) -> str:
+    return ".".join(path)
 
 
 @attrs.define
@@ -148,14 +147,14 @@ class Decoder:
         """What the JSON stands for.
 
         Raises:
-            ValueError, TypeError, KeyError: For what `Encoder` cannot have written.
+            DamageError, ValueError, TypeError, KeyError: For what `Encoder` cannot have written.
 
         Example:
             >>> Decoder({}).decode({"a": {"$tuple": [1, {"$float": "nan"}]}})
             {'a': (1, nan)}
         """
         if depth > 4 * DEPTH:  # a level of the tree is up to three of JSON
-            raise ValueError("nested too deep")
+            raise DamageError(RESTORE, "a tree nested too deep", ANOTHER_COPY)
         if isinstance(node, list):
             return [self.decode(item, depth + 1) for item in node]
         if not isinstance(node, dict):
@@ -179,7 +178,7 @@ class Decoder:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name} is no dtype")
+        raise DamageError(RESTORE, f"{name!r:.60} as a dtype", ANOTHER_COPY)
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loopkit.checkpoint.disk import BINARY, NO_LINKS
+from loopkit.checkpoint.messages import SAVE
 from loopkit.errors import CheckpointError
 
 try:
@@ -65,7 +66,7 @@ class Lock:
         holder = _holder(file)
         if not _is_dead(holder):
             raise CheckpointError(
-                "checkpoints.save(state)",
+                SAVE,
                 f"process {holder.get('pid')} on {holder.get('host')} saving in {self.path.parent}",
                 "a folder of its own for each run, or checkpoints.close() there before",
             )

@@ -6,8 +6,9 @@ import zlib
 from typing import Any
 
 import attrs
-from attrs.validators import deep_mapping, ge, instance_of, matches_re, optional
+from attrs.validators import and_, deep_mapping, ge, instance_of, matches_re, not_, optional
 
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.errors import CheckpointError, DamageError
 
 MANIFEST = "manifest.json"
@@ -17,14 +18,7 @@ LIMIT = 1 << 24  # bytes
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,115}\.(safetensors|json)")
 
 
-def _whole(manifest: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{attribute.name} = {value!r:.60}")
-
-
-def _is_score(manifest: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
-    if type(value) is not float:
-        raise ValueError(f"a score of {value!r:.60}")
+_whole: Any = and_(instance_of(int), not_(instance_of(bool)), ge(0))
 
 
 @attrs.frozen
@@ -57,7 +51,7 @@ class Manifest:
     serial: int = attrs.field(validator=[_whole, ge(1)])
     world_size: int = attrs.field(validator=[_whole, ge(1)])
     scores: dict[str, float] = attrs.field(
-        validator=deep_mapping(instance_of(str), _is_score, instance_of(dict))
+        validator=deep_mapping(instance_of(str), instance_of(float), instance_of(dict))
     )
     parts: dict[str, str] = attrs.field(
         validator=deep_mapping(instance_of(str), instance_of(str), instance_of(dict))
@@ -90,13 +84,19 @@ class Manifest:
         try:
             body = _checked(data)
             if body["version"] > VERSION:
-                raise _from_the_future(body["version"])
+                raise CheckpointError(
+                    RESTORE,
+                    f"version {body['version']!r:.20} of the format; this loopkit reads {VERSION}",
+                    "pip install --upgrade torch-loopkit",
+                )
             body = {key: body[key] for key in body if key not in {"format", "version"}}
             body["scores"] = {name: float(text) for name, text in body["scores"].items()}
             body["files"] = {name: File(**entry) for name, entry in body["files"].items()}
             return cls(**body)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise damage(MANIFEST, f"{type(error).__name__}: {error}"[:200]) from error
+            raise DamageError(
+                RESTORE, f"{MANIFEST} damaged ({type(error).__name__}: {error})"[:200], ANOTHER_COPY
+            ) from error
 
 
 def _signed(body: dict[str, Any]) -> bytes:
@@ -113,22 +113,5 @@ def _checked(data: bytes) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(data)
     body.pop("crc32")
     if _signed(body) != data or body["format"] != FORMAT:
-        raise ValueError("its checksum does not match")
+        raise DamageError(RESTORE, f"{MANIFEST} damaged (crc32)", ANOTHER_COPY)
     return body
-
-
-def _from_the_future(version: object) -> CheckpointError:
-    return CheckpointError(
-        "checkpoints.restore(state)",
-        f"version {version!r:.20} of the format; this loopkit reads up to {VERSION}",
-        "pip install --upgrade torch-loopkit",
-    )
-
-
-def damage(name: str, reason: str) -> DamageError:
-    """The error for a file of a checkpoint that is not what was written."""
-    return DamageError(
-        "checkpoints.restore(state)",
-        f"{name} damaged ({reason})",
-        "an older checkpoint, or a copy of this one from elsewhere",
-    )

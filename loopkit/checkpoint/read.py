@@ -9,8 +9,9 @@ import attrs
 from loopkit.checkpoint.disk import read_checked
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.format import Decoder
-from loopkit.checkpoint.manifest import damage
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.checkpoint.tensors import parse
+from loopkit.errors import DamageError
 
 TREE = "tree.json"
 TREE_LIMIT = 1 << 28  # bytes: what is large belongs into tensors
@@ -49,13 +50,15 @@ def read(checkpoint: Checkpoint) -> Loaded:
     """
     files = checkpoint.manifest.files
     if TREE not in files or files[TREE].size > TREE_LIMIT:
-        raise damage("manifest.json", f"no {TREE} in it, or one of over {TREE_LIMIT} bytes")
+        raise DamageError(RESTORE, f"no {TREE} of up to {TREE_LIMIT} bytes", ANOTHER_COPY)
     data = {name: read_checked(checkpoint.path / name, files[name]) for name in files}
     try:
         return _decoded(data, checkpoint)
+    except DamageError:
+        raise
     except MALFORMED as error:
-        raise damage(
-            checkpoint.path.name, f"malformed: {type(error).__name__}: {error}"[:200]
+        raise DamageError(
+            RESTORE, f"{TREE} damaged ({type(error).__name__}: {error})"[:200], ANOTHER_COPY
         ) from error
 
 
@@ -66,11 +69,15 @@ def _decoded(data: dict[str, bytearray], checkpoint: Checkpoint) -> Loaded:
     loaded = Loaded(**decoder.decode(tree))
     unread = {(f, n) for f, found in tensors.items() for n in found} - decoder.used
     if unread:
-        raise ValueError(f"tensors that nothing refers to: {sorted(unread)[:3]}")
+        raise DamageError(
+            RESTORE, f"tensors that nothing refers to: {sorted(unread)[:3]}", ANOTHER_COPY
+        )
     if missing := checkpoint.manifest.parts.keys() ^ parts_of(loaded.state).keys():
-        raise ValueError(f"parts that do not fit the manifest: {sorted(missing)}")
+        raise DamageError(
+            RESTORE, f"other parts than the manifest: {sorted(missing)}", ANOTHER_COPY
+        )
     if loaded.state["clock"]["step"] != checkpoint.step:
-        raise ValueError(f"a state of step {loaded.state['clock']['step']}")
+        raise DamageError(RESTORE, f"a state of another step than {checkpoint.step}", ANOTHER_COPY)
     return loaded
 
 

@@ -10,6 +10,7 @@ from loguru import logger
 
 from loopkit.checkpoint.difference import check
 from loopkit.checkpoint.folder import Checkpoint
+from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded, read
 from loopkit.errors import CheckpointError, DamageError, LoopkitError
 from loopkit.nested import map_tensors
@@ -61,7 +62,7 @@ def restore_first(
     if not damage and not broken:
         return None
     raise DamageError(
-        "checkpoints.restore(state)",
+        RESTORE,
         "\n    ".join(["no checkpoint that is intact:", *_lines([*damage, *broken])]),
         "a copy of one of them from elsewhere, or another folder to start from nothing",
     )
@@ -98,7 +99,7 @@ def _apply(state: TrainState, loaded: Loaded, checkpoint: Checkpoint) -> None:
         if isinstance(error, LoopkitError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(
-            "checkpoints.restore(state)",
+            RESTORE,
             f"that {checkpoint} cannot be loaded ({type(error).__name__}: {error}); the state is"
             " as it was",
             "the code that it was saved with, or load_state_dict methods that take what it holds",

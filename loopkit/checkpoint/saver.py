@@ -10,6 +10,7 @@ from torch import Tensor
 from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
+from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
@@ -114,7 +115,7 @@ class Saver:
         if isinstance(error, LoopkitError) or not isinstance(error, Exception):
             raise error
         failure = CheckpointError(
-            "checkpoints.save(state)",
+            SAVE,
             f"{type(error).__name__}: {error}, writing in {self.root};"
             " what was saved before is untouched",
             "space and permission to write there; or CheckpointOptions(on_error='warn') to go on",

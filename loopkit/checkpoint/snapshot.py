@@ -11,6 +11,7 @@ from torch import Tensor
 from loopkit.checkpoint.difference import classes_of, parameter_names, shown
 from loopkit.checkpoint.format import Encoder
 from loopkit.checkpoint.manifest import Manifest
+from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.read import TREE, TREE_LIMIT, parts_of
 from loopkit.checkpoint.tensors import TensorFile, copy_to_host
 from loopkit.errors import NonFiniteError, UsageError
@@ -42,7 +43,7 @@ class Snapshot:
         text = json.dumps(self.tree, allow_nan=False, separators=(",", ":")).encode("ascii")
         if len(text) > TREE_LIMIT:
             raise UsageError(
-                "checkpoints.save(state)",
+                SAVE,
                 f"{len(text)} bytes of the state that are no tensors",
                 f"tensors for what is large: at most {TREE_LIMIT} bytes of other data",
             )
@@ -106,7 +107,7 @@ def _check_finite(state: TrainState, weights: Mapping[str, Tensor]) -> None:
         bad = [name for name in names if not bool(weights[name].isfinite().all())]
         if bad:  # and no sum that overflowed
             raise NonFiniteError(
-                "checkpoints.save(state)",
+                SAVE,
                 f"parameters that are not finite at step {state.step}: {shown(bad)}",
                 "with_nonfinite(...) on the step to find or skip such updates, and the last"
                 " checkpoint to go on from; or CheckpointOptions(allow_nonfinite=True)",

@@ -9,6 +9,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
+from loopkit.errors import DamageError
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -113,7 +116,7 @@ def parse(data: bytearray) -> dict[str, Tensor]:
     """The tensors of a file, sharing its memory; nothing in it is trusted.
 
     Raises:
-        ValueError, TypeError, KeyError: If it is not as `copy_to_host` lays it out.
+        DamageError, ValueError, TypeError, KeyError: If it is not as `copy_to_host` lays it out.
 
     Example:
         >>> file = copy_to_host({"a": torch.ones(2)})
@@ -122,7 +125,7 @@ def parse(data: bytearray) -> dict[str, Tensor]:
     """
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data) or start % 8:
-        raise ValueError("a header that does not fit the file")
+        raise DamageError(RESTORE, "a header that does not fit its file", ANOTHER_COPY)
     described = json.loads(data[8:start])
     described.pop("__metadata__", None)
     return {name: _tensor(data, start, **entry) for name, entry in described.items()}
@@ -134,11 +137,11 @@ def _tensor(
     begin, end = data_offsets
     kind = BY_NAME[dtype]
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError("offsets or a shape that are no whole numbers")
+        raise DamageError(RESTORE, "offsets that are no whole numbers", ANOTHER_COPY)
     if end - begin != math.prod(shape) * kind.itemsize or begin % kind.itemsize:
-        raise ValueError("offsets that do not fit the shape")
+        raise DamageError(RESTORE, "offsets that do not fit the shape", ANOTHER_COPY)
     if start + end > len(data):
-        raise ValueError("offsets past the end of the file")
+        raise DamageError(RESTORE, "offsets past the end of the file", ANOTHER_COPY)
     if begin == end:
         return torch.empty(shape, dtype=kind)
     count = (end - begin) // kind.itemsize

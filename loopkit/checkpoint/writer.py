@@ -54,4 +54,5 @@ def _run(job: Callable[[], object], errors: list[BaseException]) -> None:
 
 def _show(errors: list[BaseException]) -> None:
     if errors:
-        raise errors.pop()
+        error = errors.pop()
+        raise error

@@ -69,6 +69,7 @@ def test_a_save_while_another_is_written_waits_or_is_dropped(tmp_path):
     for policy, steps in {"wait": [0, 1], "drop": [0]}.items():
         disk, state = Slow(), make_state()
         options = lk.CheckpointOptions(disk=disk, when_busy=policy)
+        (tmp_path / policy).mkdir()  # by hand: the slow disk would wait at it
         checkpoints = lk.Checkpointer(tmp_path / policy, options=options)
         assert checkpoints.save(state)
         state.step = 1

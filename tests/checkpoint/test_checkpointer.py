@@ -127,11 +127,15 @@ def test_wrap_saves_after_the_body_of_the_loop(tmp_path):
     checkpoints = lk.Checkpointer(tmp_path, every=2, keep_last=None)
     state = make_state(best=0)
     with checkpoints.wrap(lk.run(STEPS["plain"], state, make_batches(), max_steps=6)) as run:
-        for state in run:  # noqa: B020
+        for state in run:
             state.extras["best"] = state.step
             if state.step == 4:
                 checkpoints.save(state, {"loss": 0.5})
-    assert [(c.step, dict(c.scores)) for c in checkpoints.list()] == [(2, {}), (4, {"loss": 0.5}), (6, {})]
+    assert [(c.step, dict(c.scores)) for c in checkpoints.list()] == [
+        (2, {}),
+        (4, {"loss": 0.5}),
+        (6, {}),
+    ]
     back = make_state()
     checkpoints.restore(back, "step-000000000002")
     assert back.extras["best"] == 2
@@ -142,7 +146,7 @@ def test_a_break_ends_the_wrapped_run(tmp_path):
     """Leaving the loop leaves a state that can be saved, and a run that can be resumed."""
     checkpoints = lk.Checkpointer(tmp_path, every=2)
     state = make_state()
-    for state in checkpoints.wrap(lk.run(STEPS["plain"], state, make_batches())):  # noqa: B020
+    for state in checkpoints.wrap(lk.run(STEPS["plain"], state, make_batches())):
         if state.step == 5:
             break
     checkpoints.close()
@@ -179,7 +183,9 @@ def test_the_model_of_a_checkpoint_is_a_plain_safetensors_file(tmp_path):
     with lk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state)
     tensors = load_file(checkpoints.latest.path / "model.safetensors")
-    assert digest({k: tensors[k] for k in state.model.state_dict()}) == digest(dict(state.model.state_dict()))
+    assert digest({k: tensors[k] for k in state.model.state_dict()}) == digest(
+        dict(state.model.state_dict())
+    )
 
 
 def test_a_log_line_for_each_save(tmp_path):

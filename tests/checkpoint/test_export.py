@@ -62,7 +62,11 @@ def test_tied_weights_are_written_once_and_loaded_under_both_names(tmp_path):
     """Also into a model that does not tie them, and from a file that does not name the second."""
     model = Tied()
     path = lk.export(model, tmp_path / "tied.safetensors")
-    assert sorted(safetensors.torch.load_file(path)) == ["first.bias", "first.weight", "second.bias"]
+    assert sorted(safetensors.torch.load_file(path)) == [
+        "first.bias",
+        "first.weight",
+        "second.bias",
+    ]
     for other in (Tied(), Tied(tie=False)):
         assert len(lk.load_weights(other, path).loaded) == 4
         assert weights(other) == weights(model)
@@ -107,7 +111,10 @@ def test_many_names_are_counted(tmp_path):
     path = lk.export(nn.Linear(1, 1), tmp_path / "a.safetensors")
     model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(50)])
     report = str(lk.load_weights(model, path, strict=False))
-    assert "100 missing in the file: 0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 95 more" in report
+    assert (
+        "100 missing in the file: 0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 95 more"
+        in report
+    )
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopkit.checkpoint.format import Decoder, Encoder
+from loopkit.checkpoint.read import MALFORMED
 from loopkit.checkpoint.tensors import DTYPES, copy_to_host, parse
-from loopkit.errors import UsageError
+from loopkit.errors import DamageError, UsageError
 
 from trainings import digest
 
@@ -192,14 +193,16 @@ def test_headers_that_lie_are_refused(header):
     """Offsets, shapes and types that do not fit each other or the file never reach memory."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+    with pytest.raises(MALFORMED):
         parse(bytearray(len(text).to_bytes(8, "little") + text + bytes(8)))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\xff" * 8, b"\xff" * 64, bytes(8), b"\x08" + bytes(15)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00", b"\xff" * 8, b"\xff" * 64, bytes(8), b"\x08" + bytes(15)]
+)
 def test_files_that_are_none_are_refused(data):
     """Too short, a header of any length: an error, no allocation."""
-    with pytest.raises((ValueError, TypeError, KeyError)):
+    with pytest.raises(MALFORMED):
         parse(bytearray(data))
 
 
@@ -213,7 +216,7 @@ TREES = [
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_trees_that_lie_are_refused(tree):
     """A tag that is none, or holds something else, is an error and nothing more."""
-    with pytest.raises((ValueError, TypeError, KeyError, AttributeError, RuntimeError)):
+    with pytest.raises(MALFORMED):
         Decoder({}).decode(tree)
 
 
@@ -222,5 +225,5 @@ def test_deep_nesting_is_refused_on_reading():
     tree = []
     for _ in range(5000):
         tree = [tree]
-    with pytest.raises(ValueError, match="too deep"):
+    with pytest.raises(DamageError, match="too deep"):
         Decoder({}).decode(tree)

@@ -38,7 +38,10 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path, step, optimizer, cut):
 def test_a_skipped_update_of_fp16_survives(tmp_path):
     """The loss scale that an overflow halved, and the counts that stood still, go on."""
     step = STEPS["fp16"]
-    batches = [(inputs * (1e30 if i == 2 else 1), labels) for i, (inputs, labels) in enumerate(make_batches())]
+    batches = [
+        (inputs * (1e30 if i == 2 else 1), labels)
+        for i, (inputs, labels) in enumerate(make_batches())
+    ]
 
     def run_on(state, upto):
         for _ in lk.run(step, state, batches, max_steps=upto):
@@ -75,6 +78,7 @@ def test_a_save_within_averages_holds_the_own_weights(tmp_path):
 
 def test_extras_are_restored_whatever_they_are(tmp_path):
     """A second model, a torch metric's state, and plain data of every kind."""
+
     def make():
         return make_state(other=nn.Linear(2, 2), seen={1: (2, None)}, scale=torch.tensor(3.0))
 
@@ -263,6 +267,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.__name__)
 def test_every_optimizer_of_torch_goes_on(tmp_path, optimizer):
     """Whatever an optimizer keeps is plain data, and comes back exactly."""
+
     def make():
         torch.manual_seed(0)
         model = nn.Linear(4, 3)

@@ -102,7 +102,14 @@ def foreign(folder):
     outside = folder.parent / "outside"
     outside.mkdir()
     (outside / "model.safetensors").write_text("mine")
-    for name in ["best", "keepme_0", "run_2024_final", ".tmp-mine", ".tmp-000000000001-zzzzzzzz", "step-7"]:
+    for name in [
+        "best",
+        "keepme_0",
+        "run_2024_final",
+        ".tmp-mine",
+        ".tmp-000000000001-zzzzzzzz",
+        "step-7",
+    ]:
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_text("mine")
     (folder / "step-000000000000").mkdir()  # the name of a checkpoint, and none

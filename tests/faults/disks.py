@@ -105,7 +105,9 @@ class Machine:
         self.at(path).durable = self.at(path).data
 
     def rename(self, source, target):
-        self.at(target.parent).entries[target.name] = self.at(source.parent).entries.pop(source.name)
+        self.at(target.parent).entries[target.name] = self.at(source.parent).entries.pop(
+            source.name
+        )
 
     def sync_folder(self, path):
         self.at(path).durable = dict(self.at(path).entries)

@@ -11,10 +11,9 @@ import shutil
 import loopkit as lk
 import pytest
 import torch
-
 from disks import STOPS, Machine, Recorder
-from trainings import digest_of, make_state, restored, train
 
+from trainings import digest_of, make_state, restored, train
 
 LOSSES = [0.5, 0.1, 0.4, 0.3, 0.2]
 

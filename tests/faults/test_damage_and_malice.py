@@ -136,11 +136,16 @@ def test_a_damaged_file_is_named_and_the_one_before_restored(two, damage):
     """Each kind of damage, in each file: the file is named, the older checkpoint restored."""
     folder, digests = two
     names = files_of(folder)
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         shutil.copytree(folder, folder.with_name(f"{name}-run"))
         damaged = folder.with_name(f"{name}-run")
+        good = (newest(damaged) / name).read_bytes()
         damages()[damage](newest(damaged) / name)
+        if damage == "stale" and (newest(damaged) / name).read_bytes() == good:
+            assert restored(damaged) == digests[1]  # the epoch is the same in both
+            shutil.rmtree(damaged)
+            continue
         assert falls_back(damaged, digests[0], f"step 2: {name} damaged"), name
         shutil.rmtree(damaged)
         (folder.parent / name).unlink(missing_ok=True)
@@ -274,7 +279,17 @@ def test_fuzzed_trees_and_headers_are_errors_and_nothing_else(two):
             for _ in range(rng.randrange(1, 4)):
                 at = rng.randrange(min(len(data), 3000))
                 data[at : at + rng.randrange(3)] = rng.choice(
-                    [b"", b"0", b"-", b"1e999", b"{}", b"[]", b'"', b"null", b"99999999999999999999"]
+                    [
+                        b"",
+                        b"0",
+                        b"-",
+                        b"1e999",
+                        b"{}",
+                        b"[]",
+                        b'"',
+                        b"null",
+                        b"99999999999999999999",
+                    ]
                 )
             replace(path, name, bytes(data))
             before = digest_of(state)

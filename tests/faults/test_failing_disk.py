@@ -7,8 +7,8 @@ import warnings
 
 import loopkit as lk
 import pytest
-
 from disks import Faulty, Recorder
+
 from trainings import digest_of, make_state, restored, train
 
 
