@@ -109,11 +109,13 @@ def test_a_failure_of_the_writer_is_told_where_it_is_asked_for(tmp_path, ask):
     checkpoints.close()
 
 
-def run(code, tmp_path, **settings):
+def run(code, tmp_path):
     """Run a program in a process of its own."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'checkpoint'}"}
     program = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    return subprocess.run(program, env=env, capture_output=True, text=True, timeout=120, **settings)
+    return subprocess.run(
+        program, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 LEAVE = """
@@ -197,7 +199,8 @@ def test_orphans_of_a_killed_run_do_not_hold_its_folder(tmp_path):
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     orphan = int(process.stdout.readline())
     process.wait()

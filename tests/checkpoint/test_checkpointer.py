@@ -57,12 +57,16 @@ WRONG = {
         U, "['accuracy', 'loss']",
     ),
     "a score that is no number": (
-        lambda t: lk.Checkpointer(t).save(make_state(), {"confusion": torch.ones(2, 2)}), U, "confusion",
+        lambda t: lk.Checkpointer(t).save(make_state(), {"confusion": torch.ones(2, 2)}),
+        U, "confusion",
     ),
     "an extra that is no data": (
-        lambda t: lk.Checkpointer(t).save(make_state(more=[torch.eye(2).to_sparse()])), U, "extras.more.0",
+        lambda t: lk.Checkpointer(t).save(make_state(more=[torch.eye(2).to_sparse()])),
+        U, "extras.more.0",
     ),
-    "weights that are not finite": (lambda t: lk.Checkpointer(t).save(broken()), lk.NonFiniteError, "0.bias"),
+    "weights that are not finite": (
+        lambda t: lk.Checkpointer(t).save(broken()), lk.NonFiniteError, "0.bias",
+    ),
 }  # fmt: skip
 
 
@@ -123,7 +127,7 @@ def test_wrap_saves_every_so_often_and_at_the_end(tmp_path, every, steps):
 
 
 def test_wrap_saves_after_the_body_of_the_loop(tmp_path):
-    """What the body keeps in the state is saved with its update; what it saved is not saved again."""
+    """What the body keeps is saved with its update; what it saved is not saved again."""
     checkpoints = lk.Checkpointer(tmp_path, every=2, keep_last=None)
     state = make_state(best=0)
     with checkpoints.wrap(lk.run(STEPS["plain"], state, make_batches(), max_steps=6)) as run:

@@ -78,12 +78,17 @@ def test_a_tensor_in_two_places_is_written_once_and_read_as_one():
 
 
 VALUES = [
-    None, True, False, 0, -1, 2**200, 0.1, 5e-324, 1.7976931348623157e308, -0.0, "", "a\nb\0é\ud800",
-    math.nan, math.inf, -math.inf, 1 + 2j, complex(math.nan, -0.0), b"\x00\xff", (), (1,), (1, (2, [])),
-    [], {}, {1: "int", "1": "text", (1, 2): "tuple", None: 0, True: 1, 1.5: 2, b"a": 3},
-    {"$tensor": ["a", "b"]}, {"$": 1}, {"$tuple": [1], "b": 2}, {"a": {0: {1: {}}}}, set(), {1, 2, "a"},
-    frozenset({(1, 2)}), OrderedDict(b=1, a=2), Counter({3: 2, 7: 1}), torch.float32, torch.bfloat16,
-    torch.device("cuda:1"), torch.Size([2, 3]), np.arange(6).reshape(2, 3), np.float32(1.5), np.float64(0.1), np.int64(3), np.bool_(True),
+    None, True, False, 0, -1, 2**200, 0.1, 5e-324, 1.7976931348623157e308, -0.0, "",
+    "a\nb\0é\ud800",
+    math.nan, math.inf, -math.inf, 1 + 2j, complex(math.nan, -0.0), b"\x00\xff", (), (1,),
+    (1, (2, [])),
+    [], {}, {1: "int", "1": "text", (1, 2): "tuple", None: 0, False: 1, 1.5: 2, b"a": 3},
+    {"$tensor": ["a", "b"]}, {"$": 1}, {"$tuple": [1], "b": 2}, {"a": {0: {1: {}}}}, set(),
+    {1, 2, "a"},
+    frozenset({(1, 2)}), OrderedDict(b=1, a=2), Counter({3: 2, 7: 1}), torch.float32,
+    torch.bfloat16,
+    torch.device("cuda:1"), torch.Size([2, 3]), np.arange(6).reshape(2, 3),
+    np.float32(1.5), np.float64(0.1), np.int64(3), np.bool_(True),
     np.zeros((0, 2)), np.array(5), np.arange(6)[::-2],
 ]  # fmt: skip
 
@@ -207,7 +212,8 @@ def test_files_that_are_none_are_refused(data):
 
 
 TREES = [
-    {"$unknown": 1}, {"$dtype": "load"}, {"$dtype": "__name__"}, {"$tensor": ["a", "b"]}, {"$tensor": 1},
+    {"$unknown": 1}, {"$dtype": "load"}, {"$dtype": "__name__"}, {"$tensor": ["a", "b"]},
+    {"$tensor": 1},
     {"$dict": [1]}, {"$dict": [[[], 1]]}, {"$set": [[]]}, {"$device": "import os"}, {"$float": "x"},
     {"$bytes": "*"}, {"$size": ["a"]}, {"$array": 1}, {"$complex128": 1}, {"$counter": [[1]]},
 ]  # fmt: skip

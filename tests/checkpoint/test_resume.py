@@ -57,9 +57,7 @@ def test_a_skipped_update_of_fp16_survives(tmp_path):
 
 
 def test_a_save_within_averages_holds_the_own_weights(tmp_path):
-    """Inside `with ema_weights` the checkpoint has the model's weights, tied ones under each name."""
-    state = make_state()
-    state.model[4].weight = nn.Parameter(state.model[4].weight[:, :4].clone())
+    """Inside `with ema_weights` a checkpoint has the model's weights, tied ones under each name."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     model[1].weight = model[0].weight
     state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -193,7 +191,10 @@ MISFITS = {
     "another optimizer": (other_optimizer, "optimizer: AdamW in the checkpoint, SGD in the state"),
     "another order of parameters": (other_order, "in another order"),
     "other groups": (other_groups, "groups of [6] parameters in the checkpoint, [1, 1, 1"),
-    "another shape": (other_shape, "4.weight of shape (3, 6) in the checkpoint, (5, 6) in the state"),
+    "another shape": (
+        other_shape,
+        "4.weight of shape (3, 6) in the checkpoint, (5, 6) in the state",
+    ),
     "other names": (other_names, "0.0.weight, 0.0.bias"),
     "other features": (other_features, "features.ema: in the checkpoint, not in the state"),
     "an extra more": (other_extras, "extras.more: in the state, not in the checkpoint"),
@@ -258,7 +259,8 @@ def test_a_models_extra_state_is_saved(tmp_path):
 
 
 OPTIMIZERS = [
-    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax,
+    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW,
+    torch.optim.Adamax,
     torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop,
     torch.optim.SGD, torch.optim.Adafactor, torch.optim.LBFGS,
 ]  # fmt: skip

@@ -96,7 +96,7 @@ def main(folder, kills, seed):
         counts["wrong"] += [result] if result != whole else []
         counts["litter"] += sum(not path.name.startswith("step-") for path in run.iterdir())
         shutil.rmtree(run)
-    print(json.dumps(counts))
+    sys.stdout.write(json.dumps(counts))
 
 
 def _log(path):

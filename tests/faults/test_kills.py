@@ -24,7 +24,6 @@ def test_killed_and_restarted_runs_end_bitwise_equal(tmp_path):
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     counts = json.loads(done.stdout)
-    print(counts)
     assert counts["kills"] >= KILLS
     assert counts["wrong"] == []
     assert counts["equal"] == counts["runs"] > 0
