@@ -21,15 +21,15 @@ class Stateful(Protocol):
 
 
 def is_plain(value: object) -> bool:
-    """Whether `value` is numbers, text, tensors, and lists, tuples and dicts of those.
+    """Whether `value` is numbers, text, tensors, and lists, tuples, sets and dicts of those.
 
     Example:
         >>> is_plain({"a": [1, None]}), is_plain(object())
         (True, False)
     """
-    if value is None or isinstance(value, bool | int | float | str | Tensor):
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | Tensor):
         return True
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return all(map(is_plain, value))
     if isinstance(value, dict):
         return all(isinstance(key, str | int) and is_plain(item) for key, item in value.items())

@@ -143,7 +143,7 @@ class Checkpointer:
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
         if self._saver.drops:
             return False
-        if not self._saver.save(state, numbers, known=self.restored is not None):
+        if not self._saver.save(state, numbers, known=self._is_known()):
             return False
         state.checkpoints, self._saved_step = self, state.step
         return self.async_save or self.wait()
@@ -183,6 +183,12 @@ class Checkpointer:
                 'Checkpointer(dir, every=500), every="10min" or every="epoch"',
             )
         return Saving(run, Every.of(self.every), self._save_once, self.wait)
+
+    def _is_known(self) -> bool:
+        """Whether what is saved goes on from a checkpoint in this folder."""
+        if self.restored is None:
+            return False
+        return self.restored.checkpoint.path.resolve().parent == self.dir.resolve()
 
     def _save_once(self, state: TrainState) -> None:
         if self._saved_step != state.step:

@@ -17,7 +17,7 @@ NAME = re.compile(r"step-(\d{12})(?:-\d{1,9})?")  # with a number where a step i
 TEMPORARY = re.compile(r"\.tmp-\d{12}-[0-9a-f]{8}")
 
 
-@attrs.frozen(repr=False, eq=False)
+@attrs.frozen(repr=False)
 class Checkpoint:
     """A checkpoint on disk; it prints its step and its scores.
 
@@ -32,7 +32,7 @@ class Checkpoint:
     """
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = attrs.field(eq=False)
 
     @property
     def step(self) -> int:

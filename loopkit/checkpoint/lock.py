@@ -39,9 +39,7 @@ class Lock:
     def __init__(self, root: Path) -> None:
         self.path = root / LOCK
         self._file = self._acquire()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(_me()).encode(), 0)
-        self.release = weakref.finalize(self, _release, self.path, self._file)
+        self.release = weakref.finalize(self, _release, self.path, self._file, os.getpid())
 
     def is_held(self) -> bool:
         """Whether it still is: the file may have been removed, and then be another's."""
@@ -53,6 +51,8 @@ class Lock:
             file = os.open(self.path, flags, 0o666)
             try:
                 if self._take(file):
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, json.dumps(_me()).encode(), 0)
                     return file
             except BaseException:
                 os.close(file)
@@ -120,7 +120,9 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return False
 
 
-def _release(path: Path, file: int) -> None:
+def _release(path: Path, file: int, process: int) -> None:
+    if process != os.getpid():  # a fork has a copy of the lock, which is not its own
+        return
     with contextlib.suppress(OSError):
         if _is_at(path, file):
             path.unlink()  # while it is held: after that it may be another's

@@ -67,6 +67,7 @@ def _decoded(data: dict[str, bytearray], checkpoint: Checkpoint) -> Loaded:
     tensors = {name.removesuffix(".safetensors"): parse(data[name]) for name in data}
     decoder = Decoder(tensors)
     loaded = Loaded(**decoder.decode(tree))
+    _check_types(loaded)
     unread = {(f, n) for f, found in tensors.items() for n in found} - decoder.used
     if unread:
         raise DamageError(
@@ -79,6 +80,16 @@ def _decoded(data: dict[str, bytearray], checkpoint: Checkpoint) -> Loaded:
     if loaded.state["clock"]["step"] != checkpoint.step:
         raise DamageError(RESTORE, f"a state of another step than {checkpoint.step}", ANOTHER_COPY)
     return loaded
+
+
+def _check_types(loaded: Loaded) -> None:
+    dicts = [loaded.state[name] for name in ("model", "clock", "features", "extras", "data", "rng")]
+    dicts += [loaded.state["optimizer"]] if loaded.state["optimizer"] is not None else []
+    groups = (loaded.state["optimizer"] or {}).get("param_groups", [])
+    if not all(isinstance(part, dict) for part in [*dicts, *groups]) or not all(
+        isinstance(names, list) for names in [loaded.parameters, *loaded.parameters]
+    ):
+        raise DamageError(RESTORE, f"{TREE} damaged (no state)", ANOTHER_COPY)
 
 
 def parts_of(state: Mapping[str, Any]) -> dict[str, Any]:

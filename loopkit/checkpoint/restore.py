@@ -88,12 +88,13 @@ def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
 
 
 def _apply(state: TrainState, loaded: Loaded, checkpoint: Checkpoint) -> None:
-    before, data, names = _copied(state.state_dict()), state.data, {*state.extras}
+    before, names = _copied(state.state_dict()), {*state.extras}
+    data, position = state.data, state.position
     try:
         state.load_state_dict(loaded.state)
     except BaseException as error:
         _roll_back(state, before)
-        state.data = data
+        state.data, state.position = data, position
         for name in {*state.extras} - names:
             del state.extras[name]
         if isinstance(error, LoopkitError) or not isinstance(error, Exception):

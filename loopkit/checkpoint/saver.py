@@ -14,7 +14,7 @@ from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
-from loopkit.errors import CheckpointError, CheckpointWarning, LoopkitError
+from loopkit.errors import CheckpointError, CheckpointWarning
 from loopkit.state import TrainState
 
 
@@ -108,19 +108,31 @@ class Saver:
         saved = store.commit(taken.files(), attrs.evolve(taken.manifest, serial=serial))
         self.failures = 0
         logger.info("saved {} in {}", saved, self.root)
-        store.discard(self.retention.expendable((*found, saved)))
+        try:
+            store.discard(self.retention.expendable((*found, saved)))
+        except OSError as error:
+            raise CheckpointError(
+                SAVE,
+                f"{type(error).__name__}: {error}, removing older checkpoints; {saved} is saved",
+                "permission to remove files in the folder; or CheckpointOptions(on_error='warn')",
+            ) from error
 
     def _fail(self, error: BaseException) -> None:
         self.failures += 1
-        if isinstance(error, LoopkitError) or not isinstance(error, Exception):
-            raise error
+        if not isinstance(error, OSError | CheckpointError):
+            raise error  # by no policy: it would not go away
+        failure = error if isinstance(error, CheckpointError) else self._not_written(error)
+        if self.options.on_error == "raise" or self.failures > self.options.max_failures:
+            raise failure
+        logger.warning("{}", failure)
+        warnings.warn(str(failure), CheckpointWarning, stacklevel=4)
+
+    def _not_written(self, error: OSError) -> CheckpointError:
         failure = CheckpointError(
             SAVE,
             f"{type(error).__name__}: {error}, writing in {self.root};"
             " what was saved before is untouched",
             "space and permission to write there; or CheckpointOptions(on_error='warn') to go on",
         )
-        if self.options.on_error == "raise" or self.failures > self.options.max_failures:
-            raise failure from error
-        logger.warning("{}", failure)
-        warnings.warn(str(failure), CheckpointWarning, stacklevel=4)
+        failure.__cause__ = error
+        return failure

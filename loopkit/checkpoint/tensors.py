@@ -106,7 +106,7 @@ def copy_to_host(
             if begin < end:
                 target = buffer[begin:end].view(tensor.dtype).view(tensor.shape)
                 target.copy_(tensor, non_blocking=pinned)
-    for device in {tensor.device for tensor in tensors.values()}:
+    for device in {tensor.device for tensor in tensors.values()} if pinned else ():
         if device.type != "cpu":
             torch.accelerator.current_stream(device).synchronize()
     return TensorFile(_header(tensors, places, metadata), buffer)

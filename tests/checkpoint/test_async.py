@@ -230,6 +230,23 @@ def test_two_of_one_process_do_not_share_a_folder(tmp_path):
     second.close()
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of threads and forks
+def test_a_fork_does_not_release_the_lock(tmp_path):
+    """A child that drops its copy of the Checkpointer leaves the parent's lock in place."""
+    checkpoints = lk.Checkpointer(tmp_path)
+    checkpoints.save(make_state())
+    checkpoints.wait()
+    child = os.fork()
+    if child == 0:
+        checkpoints._saver._lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / ".lock").exists()
+    with pytest.raises(lk.CheckpointError, match="saving in"):
+        lk.Checkpointer(tmp_path).save(make_state())
+    checkpoints.close()
+
+
 def test_a_folder_that_was_removed_is_made_again(tmp_path):
     """A run goes on saving where someone has cleaned up."""
     state = make_state()

@@ -78,11 +78,14 @@ def test_extras_are_restored_whatever_they_are(tmp_path):
     """A second model, a torch metric's state, and plain data of every kind."""
 
     def make():
-        return make_state(other=nn.Linear(2, 2), seen={1: (2, None)}, scale=torch.tensor(3.0))
+        return make_state(
+            other=nn.Linear(2, 2), seen={1: (2, None)}, scale=torch.tensor(3.0), ids={1}
+        )
 
     state = make()
     state.extras["seen"][5] = (6, [7.5])
     state.extras["new"] = "text"
+    state.extras["ids"].add("a")
     nn.init.ones_(state.extras["other"].weight)
     with lk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state)

@@ -179,6 +179,11 @@ def test_another_run_does_not_push_out_a_finished_one(tmp_path):
     with pytest.raises(lk.CheckpointError, match=r"restore\(state\) before"):
         lk.Checkpointer(tmp_path).save(state)
     assert steps(tmp_path) == [2, 3]
+    elsewhere = save_all(tmp_path / "elsewhere", [0.1])
+    with lk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.restore(state, elsewhere.latest)
+        with pytest.raises(lk.CheckpointError, match="another folder"):
+            checkpoints.save(state)
     state.step = 3
     with lk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state)

@@ -255,6 +255,35 @@ def test_files_that_fit_their_checksums_but_not_each_other_are_found(two):
     assert restored(folder) == digests[1]
 
 
+def test_every_part_is_needed(two):
+    """Each part in turn left out of the tree, the manifest and the files: never loaded."""
+    folder, _ = two
+    path = newest(folder)
+    tree = json.loads((path / "tree.json").read_text())
+    good = (path / MANIFEST).read_bytes(), (path / "tree.json").read_bytes()
+    state = train(make_state(), 1, "ema")
+    before = digest_of(state)
+    parts = [*tree["state"], "features.ema"]
+    assert len(parts) == 8
+    for part in parts:
+        first, _, name = part.partition(".")
+        changed = json.loads(good[1])
+        del (changed["state"][first] if name else changed["state"])[name or first]
+
+        def leave_out(body):
+            left = {n: c for n, c in body["parts"].items() if not (n + ".").startswith(part + ".")}
+            body.update(parts=left)
+            body["files"].pop(f"{first}.safetensors", None)
+
+        replace(path, "tree.json", json.dumps(changed).encode())
+        sign(path / MANIFEST, leave_out)
+        with pytest.raises((lk.CheckpointError, lk.UsageError)):
+            lk.Checkpointer(folder).restore(state, path)
+        assert digest_of(state) == before
+        (path / MANIFEST).write_bytes(good[0])
+        (path / "tree.json").write_bytes(good[1])
+
+
 def test_no_pickle_is_read_whatever_its_place(two):
     """A bomb in each file, with checksums that are right, does not go off."""
     folder, digests = two

@@ -110,6 +110,50 @@ def test_a_run_may_go_on_with_a_full_disk(tmp_path):
     checkpoints.close()
 
 
+def test_a_disk_too_full_for_the_lock_is_a_failed_save_and_no_more(tmp_path, monkeypatch):
+    """The lock that could not be written is not held: the next save takes it."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = lk.Checkpointer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(lk.CheckpointError, match="No space left"):
+            checkpoints.save(make_state())
+    assert checkpoints.save(make_state())
+    checkpoints.close()
+
+
+class Keeping(Faulty):
+    """A disk from which nothing can be removed."""
+
+    def __init__(self):
+        super().__init__(at=-1)
+
+    def remove_file(self, path):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_rotation_that_fails_says_that_the_new_one_is_saved(tmp_path):
+    """It is told, by the policy, and the checkpoint is there all the same."""
+    state = make_state()
+    for policy in ("raise", "warn"):
+        options = lk.CheckpointOptions(disk=Keeping(), on_error=policy)
+        checkpoints = lk.Checkpointer(tmp_path / policy, async_save=False, options=options)
+        for _ in range(2):
+            checkpoints.save(state)
+        told = {
+            "raise": pytest.raises(lk.CheckpointError, match=r"step=0\) is saved"),
+            "warn": pytest.warns(lk.CheckpointWarning, match=r"step=0\) is saved"),
+        }[policy]
+        state.extras["note"] = policy
+        with told:
+            checkpoints.save(state)
+        assert restored(tmp_path / policy) == digest_of(state)
+        checkpoints.close()
+
+
 def test_without_permission_nothing_is_lost_and_the_path_is_named(tmp_path):
     """A folder that cannot be made is an error that names it."""
     (tmp_path / "file").write_text("mine")
