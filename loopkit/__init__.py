@@ -47,8 +47,20 @@ from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
 from loopkit.step import Step
-from loopkit.types import Apply, Around, Backward, Forward, GradientsOf, Split, Transform, Verdict
-from loopkit.window import Window, windows
+from loopkit.types import (
+    Apply,
+    Around,
+    Backward,
+    Forward,
+    GradientsOf,
+    Recompute,
+    Split,
+    StepFunction,
+    Transform,
+    Verdict,
+    WindowSize,
+)
+from loopkit.window import MicroBatches, Window, windows
 
 __version__ = "0.1.0"
 
@@ -65,17 +77,21 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Recompute",
     "Run",
     "Split",
     "Step",
+    "StepFunction",
     "TrainState",
     "Transform",
     "UsageError",
     "Verdict",
     "Window",
+    "WindowSize",
     "compose",
     "configure_optimizer",
     "constant",

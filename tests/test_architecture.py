@@ -18,6 +18,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 LAYERS = """
 loopkit
 testing
+checking
 optim.configure
 optim.create
 optim.combined optim.groups optim.plot optim.phases
@@ -36,7 +37,7 @@ state feed
 limits device output
 check outcome window interrupt seed position
 nested plain extras rng
-errors
+errors exact
 """.split("\n")[1:-1]
 
 
