@@ -6,6 +6,11 @@ Write a step function, compose features onto it, and drive it from plain Python:
 
 from loguru import logger
 
+from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+from loopkit.checkpoint.export import WeightsReport, export, load_weights
+from loopkit.checkpoint.folder import Checkpoint
+from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.restore import Restored
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -17,7 +22,10 @@ from loopkit.decorators.nonfinite import with_nonfinite
 from loopkit.decorators.schedule import with_schedule
 from loopkit.device import device, prefetch, to_device
 from loopkit.errors import (
+    CheckpointError,
+    CheckpointWarning,
     CompositionError,
+    DamageError,
     DataError,
     LoopkitError,
     MissingExtraError,
@@ -70,8 +78,14 @@ __all__ = [
     "Apply",
     "Around",
     "Backward",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointOptions",
+    "CheckpointWarning",
+    "Checkpointer",
     "CombinedOptimizer",
     "CompositionError",
+    "DamageError",
     "DataError",
     "Decorator",
     "Forward",
@@ -82,6 +96,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "Recompute",
+    "Restored",
     "Run",
     "Split",
     "Step",
@@ -90,6 +105,7 @@ __all__ = [
     "Transform",
     "UsageError",
     "Verdict",
+    "WeightsReport",
     "Window",
     "WindowSize",
     "compose",
@@ -103,8 +119,11 @@ __all__ = [
     "eval_step",
     "evaluate",
     "explain",
+    "export",
     "inverse_sqrt",
     "linear",
+    "load_best",
+    "load_weights",
     "own",
     "param_groups",
     "plot_schedule",

@@ -46,5 +46,17 @@ class NonFiniteError(LoopkitError, ArithmeticError):
     """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""
 
 
+class CheckpointError(LoopkitError, RuntimeError):
+    """A checkpoint cannot be written, found, or used for this state."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint on disk is not what was written."""
+
+
+class CheckpointWarning(UserWarning):
+    """Training goes on, but not from where, or not with the copies, that one would expect."""
+
+
 class MissingExtraError(LoopkitError, ImportError):
     """A package that a feature needs, and loopkit does not, is not installed."""

@@ -2,6 +2,8 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -52,21 +54,30 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
     state.attached[id(step)] = step  # holding it, so that its id is not given to another
 
 
-def _init(features: tuple[Feature, ...], state: TrainState) -> None:
-    groups = state.optimizer.param_groups if state.optimizer else []
-    before = [
+@contextmanager
+def _restored_values(state: TrainState) -> Iterator[None]:
+    """Keep what was restored into the param groups: a torch scheduler sets them when it is made."""
+    groups = state.optimizer.param_groups if state.pending and state.optimizer else []
+    kept = [
         {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         for group in groups
     ]
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, kept, strict=True):
+            group.update(values)
+
+
+def _init(features: tuple[Feature, ...], state: TrainState) -> None:
     makers = {name: make for feature in features for name, make in feature.init.items()}
-    made = {name: make(state) for name, make in makers.items() if name not in state.features}
+    with _restored_values(state):
+        made = {name: make(state) for name, make in makers.items() if name not in state.features}
     state.features |= made  # only now, so that one that fails leaves none behind
     if made:
         state.attached.clear()  # steps that lack what is kept now are no longer right for it
     if waiting := made.keys() & state.pending:
         restore(state.features, {name: state.pending.pop(name) for name in waiting})
-        for group, values in zip(groups, before, strict=True):
-            group.update(values)  # a scheduler's constructor has set them as for a first update
 
 
 def _check_use(features: tuple[Feature, ...], state: TrainState) -> None:

@@ -14,6 +14,7 @@ from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
+from loopkit.rng import rng_state, set_rng_state
 from loopkit.window import Ahead, MicroBatches
 
 SKIP, RAISE = 1.0, 2.0  # votes, of which the largest counts
@@ -85,6 +86,7 @@ class TrainState:
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
+    checkpoints: Any = None  # the Checkpointer that saved or restored it last
     position: Position = attrs.field(factory=Position)  # how that was opened
     ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None
@@ -218,16 +220,29 @@ class TrainState:
     # Saving and branching
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on: model, optimizer, clock, features, extras."""
+        """Everything that training needs to go on: all that changes, random numbers included.
+
+        Parts: `model`, `optimizer`, `clock`, `features`, `extras` and `rng`, the states of the
+        generators of Python, NumPy, torch, and the state's device.
+        """
         model = self.model.state_dict()
         return {
-            "model": {**model, **{k: v for k, v in (self._own or {}).items() if k in model}},
+            "model": {**model, **{k: v for k, v in self._own_weights() if k in model}},
             "optimizer": saved(self.optimizer) if self.optimizer is not None else None,
             "clock": {name: getattr(self, name) for name in CLOCK},
             "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
             "data": self.position.now(self.data),
+            "rng": rng_state(self.device),
         }
+
+    def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that others are swapped in for, under each name: tied ones have several."""
+        if self._own is not None:
+            first = {id(p): name for name, p in self.model.named_parameters()}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                if first[id(parameter)] in self._own:
+                    yield name, self._own[first[id(parameter)]]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave; what is given is copied, never kept.
@@ -236,8 +251,15 @@ class TrainState:
 
         Raises:
             UsageError: If a part is missing or not known.
+            CompositionError: Within `with lk.ema_weights(state)`.
         """
-        parts = {"model", "optimizer", "clock", "features", "extras", "data"}
+        parts = {"model", "optimizer", "clock", "features", "extras", "data", "rng"}
+        if self._own is not None:
+            raise CompositionError(
+                "state.load_state_dict(...) inside `with lk.ema_weights(state)`",
+                "other weights in the model's place, and its own to come back at the end",
+                "load_state_dict after the with block",
+            )
         if parts != state_dict.keys():
             raise UsageError(
                 "state.load_state_dict(...)",
@@ -261,6 +283,7 @@ class TrainState:
         restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
         self.pending = pending
         restore(self.extras, state_dict["extras"])
+        set_rng_state(state_dict["rng"], self.device)
 
     def snapshot(self) -> "TrainState":
         """An independent copy to branch from: training one leaves the other as it is.

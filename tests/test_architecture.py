@@ -32,6 +32,16 @@ compose
 step
 setup places
 feature
+checkpoint.checkpointer
+checkpoint.saver checkpoint.saving checkpoint.export
+checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
+checkpoint.difference
+checkpoint.read checkpoint.commit
+checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
+checkpoint.disk
+checkpoint.manifest checkpoint.tensors
+checkpoint.messages
+checkpoint
 types modes metrics
 state feed
 limits device output

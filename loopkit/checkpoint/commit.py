@@ -1,0 +1,141 @@
+"""How a checkpoint gets on disk and off it: complete, or not there at all."""
+
+import contextlib
+import errno
+import hashlib
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+
+from loopkit.checkpoint.disk import Disk, is_folder
+from loopkit.checkpoint.folder import TEMPORARY, Checkpoint, free_name
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest
+
+Chunks = Iterable[memoryview]
+
+
+def write_file(disk: Disk, path: Path, chunks: Chunks, *, sha256: bool = False) -> File:
+    """Write a new file; when this returns, its bytes survive a power cut.
+
+    Raises:
+        OSError: If it is there already, or cannot be written.
+    """
+    size, crc32, digest = 0, 0, hashlib.sha256() if sha256 else None
+    with _created(disk, path) as file:
+        for chunk in chunks:
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+            if digest is not None:
+                digest.update(chunk)
+            while len(chunk):
+                chunk = chunk[disk.write(file, chunk) :]  # noqa: PLW2901
+        disk.sync(file)
+    return File(size, f"{crc32:08x}", digest.hexdigest() if digest else None)
+
+
+@contextlib.contextmanager
+def _created(disk: Disk, path: Path) -> Iterator[int]:
+    file = disk.create(path)
+    try:
+        yield file
+    finally:
+        disk.close(file)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@attrs.frozen
+class Store:
+    """Writes checkpoints into a folder, and removes them.
+
+    All of it is written beside its place, the manifest last, and then renamed; whenever the
+    process or the machine stops, the folder holds only complete checkpoints, and temporary
+    folders that `clean` knows by their names.
+
+    Attributes:
+        root: The folder.
+        disk: What does the single operations.
+        sha256: Whether the manifest has sha256 beside crc32.
+    """
+
+    root: Path
+    disk: Disk
+    sha256: bool = False
+
+    def make_root(self) -> None:
+        """Make the folder where it is not there, and its name durable."""
+        missing = []
+        path = self.root.absolute()
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        for path in reversed(missing):
+            self.disk.make_folder(path)
+            self.disk.sync_folder(path.parent)
+
+    def commit(self, files: Mapping[str, Chunks], manifest: Manifest) -> Checkpoint:
+        """Write a checkpoint; when this returns, it is there and survives a power cut.
+
+        Raises:
+            OSError: If it could not be written; then nothing of it is left, as far as the
+                disk allows, and what was there before is untouched.
+        """
+        temporary = target = self._temporary(manifest.step)
+        try:
+            self.disk.make_folder(temporary)
+            written = {
+                name: write_file(self.disk, temporary / name, chunks, sha256=self.sha256)
+                for name, chunks in files.items()
+            }
+            manifest = attrs.evolve(manifest, files=written)
+            write_file(self.disk, temporary / MANIFEST, [memoryview(manifest.to_bytes())])
+            self.disk.sync_folder(temporary)
+            place = free_name(self.root, manifest.step)
+            self.disk.rename(temporary, place)
+            target = place
+            self.disk.sync_folder(self.root)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._remove(target)
+            raise
+        return Checkpoint(target, manifest)
+
+    def _temporary(self, step: int) -> Path:
+        return self.root / f".tmp-{step:012d}-{secrets.token_hex(4)}"
+
+    def discard(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Remove checkpoints; a folder that holds anything else is left as it is."""
+        renamed = []
+        for checkpoint in checkpoints:
+            expected = {*checkpoint.manifest.files, MANIFEST}
+            if is_folder(checkpoint.path) and _names(checkpoint.path) <= expected:
+                renamed.append(self._temporary(checkpoint.step))
+                self.disk.rename(checkpoint.path, renamed[-1])
+        if renamed:
+            self.disk.sync_folder(self.root)  # before a file goes: no half checkpoint has a name
+        for path in renamed:
+            self._remove(path)
+
+    def clean(self) -> None:
+        """Remove what writers that were killed have left."""
+        for path in [*self.root.iterdir()]:
+            if TEMPORARY.fullmatch(path.name) and is_folder(path):
+                self._remove(path)
+
+    def _remove(self, folder: Path) -> None:
+        if not TEMPORARY.fullmatch(folder.name):  # committed, but not known to be durable
+            renamed = self._temporary(0)
+            self.disk.rename(folder, renamed)
+            folder = renamed
+        for name in _names(folder):
+            if FILE_NAME.fullmatch(name):
+                self.disk.remove_file(folder / name)
+        try:
+            self.disk.remove_folder(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise

@@ -1,0 +1,147 @@
+"""What differs between a checkpoint and the state that it is to be loaded into."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from loopkit.checkpoint.manifest import Manifest
+from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
+from loopkit.checkpoint.read import MALFORMED, TREE, Loaded
+from loopkit.errors import CheckpointError, DamageError
+from loopkit.plain import is_stateful
+from loopkit.state import TrainState
+
+SHOWN = 5  # of a list of names; the rest is counted
+
+
+@attrs.frozen
+class Differences:
+    """What differs.
+
+    Attributes:
+        fatal: What cannot work.
+        changes: What works, and takes the checkpoint's value.
+    """
+
+    fatal: tuple[str, ...]
+    changes: tuple[str, ...]
+
+
+def classes_of(state: TrainState) -> dict[str, str]:
+    """The class of each part of a state that has one of its own."""
+    parts: dict[str, object] = {"model": state.model, "optimizer": state.optimizer}
+    for kind in ("features", "extras"):
+        parts |= {f"{kind}.{k}": v for k, v in getattr(state, kind).items() if is_stateful(v)}
+    return {name: "none" if p is None else type(p).__name__ for name, p in parts.items()}
+
+
+def parameter_names(state: TrainState) -> list[list[str]]:
+    """The names of the optimizer's parameters, group by group."""
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    groups = () if state.optimizer is None else state.optimizer.param_groups
+    return [[names.get(id(p), "") for p in group["params"]] for group in groups]
+
+
+def differences(state: TrainState, manifest: Manifest, loaded: Loaded) -> Differences:
+    """Compare a state with what a checkpoint holds; nothing is changed."""
+    fatal = [
+        *_class_differences(state, manifest),
+        *_model_differences(state.model.state_dict(), loaded.state["model"]),
+        *_parameter_differences(parameter_names(state), loaded),
+    ]
+    changes = [] if fatal else [*_dtype_changes(state, loaded), *_value_changes(state, loaded)]
+    return Differences(tuple(fatal), tuple(changes))
+
+
+def _class_differences(state: TrainState, manifest: Manifest) -> Iterator[str]:
+    saved, here = manifest.parts, classes_of(state)
+    if state.optimizer is None:  # a state to evaluate: it takes the model, and that is all
+        return
+    for name in sorted({*here, *(name for name in saved if saved[name])}):
+        if name.startswith("features.") and not state.features:
+            continue  # before the first step; which will check them
+        if name not in here:
+            yield f"{name}: in the checkpoint, not in the state"
+        elif name not in saved:
+            yield f"{name}: in the state, not in the checkpoint"
+        elif name != "model" and saved[name] and saved[name] != here[name]:
+            yield f"{name}: {saved[name]} in the checkpoint, {here[name]} in the state"
+
+
+def _model_differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    if missing := [name for name in here if name not in saved]:
+        yield f"model: {shown(missing)} in the state, not in the checkpoint"
+    if unexpected := [name for name in saved if name not in here]:
+        yield f"model: {shown(unexpected)} in the checkpoint, not in the state"
+    for name in mismatched(here, saved)[:SHOWN]:
+        shapes = tuple(saved[name].shape), tuple(here[name].shape)
+        yield f"model: {name} of shape {shapes[0]} in the checkpoint, {shapes[1]} in the state"
+
+
+def mismatched(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that are in both, but have another shape there."""
+    both = [n for n in here if isinstance(here[n], Tensor) and isinstance(saved.get(n), Tensor)]
+    return [name for name in both if here[name].shape != saved[name].shape]
+
+
+def _parameter_differences(here: list[list[str]], loaded: Loaded) -> Iterator[str]:
+    saved = loaded.parameters
+    if here and saved and here != saved:
+        sizes = [*map(len, saved)], [*map(len, here)]
+        if sizes[0] != sizes[1]:
+            yield f"optimizer: groups of {sizes[0]} parameters in the checkpoint, {sizes[1]} here"
+        else:
+            yield "optimizer: the same number of parameters, in another order"
+
+
+def _dtype_changes(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    for name, tensor in state.model.state_dict().items():
+        saved = loaded.state["model"][name]
+        if isinstance(tensor, Tensor) and tensor.dtype != saved.dtype:
+            yield f"model: {name} from {saved.dtype} to {tensor.dtype}"
+
+
+def _value_changes(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    if state.optimizer is None:
+        return
+    saved = loaded.state["optimizer"]["param_groups"]
+    for i, (group, other) in enumerate(zip(state.optimizer.param_groups, saved, strict=True)):
+        for key in sorted((group.keys() & other.keys()) - {"params", "param_names"}):
+            if repr(group[key]) != repr(other[key]):
+                yield f"optimizer: {key} of group {i} from {group[key]!r} to {other[key]!r}"
+
+
+def shown(names: list[str]) -> str:
+    """The first of the names, and how many there are more.
+
+    Example:
+        >>> shown(list("abcdefg"))
+        'a, b, c, d, e and 2 more'
+    """
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def check(state: TrainState, manifest: Manifest, loaded: Loaded) -> tuple[str, ...]:
+    """What the checkpoint changes in the settings of the state.
+
+    Raises:
+        CheckpointError: If it cannot be loaded into it, with all reasons.
+        DamageError: If it holds no state at all.
+    """
+    try:
+        found = differences(state, manifest, loaded)
+    except MALFORMED as error:  # it fits its checksums, but nothing that a state can be
+        raise DamageError(
+            RESTORE, f"{TREE} damaged ({type(error).__name__}: {error})"[:200], ANOTHER_COPY
+        ) from error
+    if found.fatal:
+        raise CheckpointError(
+            RESTORE,
+            "another configuration:" + "".join(f"\n    {line}" for line in found.fatal),
+            "the model, optimizer and decorators that the checkpoint was saved with;"
+            " for its weights alone lk.load_weights(model, path)",
+        )
+    return found.changes

@@ -1,0 +1,50 @@
+"""What is rarely changed about checkpoints."""
+
+from typing import Any
+
+import attrs
+
+from loopkit.check import at_least_one, one_of
+from loopkit.checkpoint.disk import Disk
+
+
+def _one_of(*choices: str) -> Any:
+    def check(options: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
+        call = f"CheckpointOptions({attribute.name}={value!r})"
+        one_of(call, attribute.name, value, choices)
+
+    return check
+
+
+def _at_least_one(options: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
+    at_least_one(f"CheckpointOptions({attribute.name}={value!r})", attribute.name, value)
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointOptions:
+    """Rare settings of a `Checkpointer`.
+
+    Args:
+        on_error: What a save that failed does (a full disk): `"raise"` at the next save, wait
+            or close; or `"warn"` there, and go on.
+        max_failures: With `"warn"`, how many saves in a row may fail before one raises.
+        when_busy: A save while another is being written: `"wait"` for it, or `"drop"` this one.
+        sha256: Write sha256 beside crc32 and check it. Whoever can change the files can
+            change their checksums: keep the manifest's own elsewhere if that matters.
+        allow_nonfinite: Save parameters that are not finite, too.
+        disk: What writes; for other kinds of storage, and for tests.
+
+    Raises:
+        UsageError: For a policy that is not there.
+
+    Example:
+        >>> CheckpointOptions(on_error="warn").when_busy
+        'wait'
+    """
+
+    on_error: str = attrs.field(default="raise", validator=_one_of("raise", "warn"))
+    max_failures: int = attrs.field(default=10, validator=_at_least_one)
+    when_busy: str = attrs.field(default="wait", validator=_one_of("wait", "drop"))
+    sha256: bool = False
+    allow_nonfinite: bool = False
+    disk: Disk = attrs.field(factory=Disk, repr=False)

@@ -1,0 +1,126 @@
+"""Getting snapshots into a folder, one at a time, and old ones out of it."""
+
+import warnings
+from pathlib import Path
+
+import attrs
+from loguru import logger
+from torch import Tensor
+
+from loopkit.checkpoint.commit import Store
+from loopkit.checkpoint.folder import Retention, contents
+from loopkit.checkpoint.lock import Lock
+from loopkit.checkpoint.messages import SAVE
+from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.snapshot import Snapshot, take
+from loopkit.checkpoint.writer import Writer
+from loopkit.errors import CheckpointError, CheckpointWarning, LoopkitError
+from loopkit.state import TrainState
+
+
+@attrs.define(eq=False)
+class Saver:
+    """Copies states, and writes the copies in the background.
+
+    Attributes:
+        root: The folder.
+        options: The policies.
+        retention: Which checkpoints stay.
+        failures: Saves in a row that could not be written.
+    """
+
+    root: Path
+    options: CheckpointOptions
+    retention: Retention
+    failures: int = 0
+    _writer: Writer = attrs.field(factory=Writer)
+    _lock: Lock | None = None
+    _buffers: dict[str, Tensor] = attrs.field(factory=dict)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a save would come too early, and is to be left out then."""
+        return self._writer.busy and self.options.when_busy == "drop"
+
+    def save(self, state: TrainState, scores: dict[str, float], *, known: bool) -> bool:
+        """Copy a state and begin to write it, when the one before is written.
+
+        Args:
+            state: What is saved.
+            scores: What it is saved with.
+            known: Whether the state comes from a checkpoint in the folder.
+
+        Returns:
+            False where that failed, and the policy is to go on.
+        """
+        self.wait()
+        try:
+            self._claim(state, known=known)
+            taken = take(state, scores, self._buffers, allow_nonfinite=self.options.allow_nonfinite)
+        except OSError as error:
+            self._fail(error)
+            return False
+        self._writer.start(lambda: self._write(taken))
+        return True
+
+    def join(self) -> None:
+        """Wait for the last save, without asking how it went."""
+        self._writer.join()
+
+    def wait(self) -> bool:
+        """Wait for the last save; whether it went well."""
+        self._writer.join()
+        error = self._writer.error()
+        if error is not None:
+            self._fail(error)
+        return error is None
+
+    def close(self) -> None:
+        """Wait for the last save, and leave the folder to others."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def _claim(self, state: TrainState, *, known: bool) -> None:
+        """Make the folder this process's own."""
+        if self._lock is not None and self._lock.is_held():
+            return
+        self._store().make_root()
+        self._lock = Lock(self.root)
+        later = [c for c in contents(self.root).intact if c.step > state.step]
+        if later and not known:
+            raise CheckpointError(
+                f"checkpoints.save(state) at step {state.step}",
+                f"{later[-1]} of another run in {self.root}",
+                "checkpoints.restore(state) before, to go on with that run; or another folder",
+            )
+
+    def _store(self) -> Store:
+        return Store(self.root, self.options.disk, self.options.sha256)
+
+    def _write(self, taken: Snapshot) -> None:
+        found, store = contents(self.root).intact, self._store()
+        serial = 1 + max((c.manifest.serial for c in found), default=0)
+        store.clean()
+        saved = store.commit(taken.files(), attrs.evolve(taken.manifest, serial=serial))
+        self.failures = 0
+        logger.info("saved {} in {}", saved, self.root)
+        store.discard(self.retention.expendable((*found, saved)))
+
+    def _fail(self, error: BaseException) -> None:
+        self.failures += 1
+        if isinstance(error, LoopkitError) or not isinstance(error, Exception):
+            raise error
+        failure = CheckpointError(
+            SAVE,
+            f"{type(error).__name__}: {error}, writing in {self.root};"
+            " what was saved before is untouched",
+            "space and permission to write there; or CheckpointOptions(on_error='warn') to go on",
+        )
+        if self.options.on_error == "raise" or self.failures > self.options.max_failures:
+            raise failure from error
+        logger.warning("{}", failure)
+        warnings.warn(str(failure), CheckpointWarning, stacklevel=4)

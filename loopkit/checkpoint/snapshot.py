@@ -1,0 +1,149 @@
+"""What goes into a checkpoint: the state, copied to host memory, and its manifest."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loopkit.checkpoint.difference import classes_of, parameter_names, shown
+from loopkit.checkpoint.format import Encoder
+from loopkit.checkpoint.manifest import Manifest
+from loopkit.checkpoint.messages import SAVE
+from loopkit.checkpoint.read import TREE, TREE_LIMIT, parts_of
+from loopkit.checkpoint.tensors import TensorFile, copy_to_host
+from loopkit.errors import NonFiniteError, UsageError
+from loopkit.state import TrainState
+
+Scores = Mapping[str, Any]
+
+
+@attrs.frozen(eq=False)
+class Snapshot:
+    """A state as it was when it was taken; what is done to the state later does not reach it.
+
+    Attributes:
+        manifest: What it holds; the sizes of the files come later.
+        tree: The state as JSON.
+        tensors: Its files of tensors.
+    """
+
+    manifest: Manifest
+    tree: Any
+    tensors: Mapping[str, TensorFile]
+
+    def files(self) -> dict[str, Iterator[memoryview]]:
+        """The contents of the files, by name."""
+        files = {f"{name}.safetensors": file.chunks() for name, file in self.tensors.items()}
+        return {**files, TREE: self._tree()}
+
+    def _tree(self) -> Iterator[memoryview]:
+        text = json.dumps(self.tree, allow_nan=False, separators=(",", ":")).encode("ascii")
+        if len(text) > TREE_LIMIT:
+            raise UsageError(
+                SAVE,
+                f"{len(text)} bytes of the state that are no tensors",
+                f"tensors for what is large: at most {TREE_LIMIT} bytes of other data",
+            )
+        yield memoryview(text)
+
+
+def take(
+    state: TrainState,
+    scores: Mapping[str, float],
+    buffers: dict[str, Tensor],
+    *,
+    allow_nonfinite: bool,
+) -> Snapshot:
+    """Copy a state to host memory.
+
+    Args:
+        state: What is saved.
+        scores: What it is saved with.
+        buffers: The memory of the last copy; used again, and kept up to date.
+        allow_nonfinite: Take parameters that are not finite, too.
+
+    Raises:
+        UsageError: If the state holds what is no plain data.
+        NonFiniteError: If a parameter is not finite.
+    """
+    state_dict = state.state_dict()
+    if not allow_nonfinite:
+        _check_finite(state, state_dict["model"])
+    encoder = Encoder()
+    parts = {name: encoder.encode(part, (name,)) for name, part in state_dict.items()}
+    tree = {"state": parts, "parameters": parameter_names(state)}
+    tensors = {n: copy_to_host(t, buffers.get(n)) for n, t in encoder.files.items()}
+    buffers.clear()
+    buffers.update({name: file.body for name, file in tensors.items()})
+    return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
+
+
+def _manifest(
+    state: TrainState, scores: Mapping[str, float], state_dict: Mapping[str, Any]
+) -> Manifest:
+    classes = classes_of(state)
+    return Manifest(
+        step=state.step,
+        epoch=state.epoch,
+        samples=state.samples,
+        serial=1,
+        world_size=1,
+        scores=dict(scores),
+        parts={name: classes.get(name, "") for name in parts_of(state_dict)},
+        files={},
+    )
+
+
+def _check_finite(state: TrainState, weights: Mapping[str, Tensor]) -> None:
+    names = [n for n, p in state.model.named_parameters() if p.is_floating_point() and n in weights]
+    if not names:
+        return
+    # A sum is finite only if all it adds up is, and takes a hundredth of the time of isfinite()
+    sums = [_sum(weights[name]).to(state.device) for name in names]
+    if not bool(torch.stack(sums).isfinite().all()):
+        bad = [name for name in names if not bool(weights[name].isfinite().all())]
+        if bad:  # and no sum that overflowed
+            raise NonFiniteError(
+                SAVE,
+                f"parameters that are not finite at step {state.step}: {shown(bad)}",
+                "with_nonfinite(...) on the step to find or skip such updates, and the last"
+                " checkpoint to go on from; or CheckpointOptions(allow_nonfinite=True)",
+            )
+
+
+def _sum(weight: Tensor) -> Tensor:
+    weight = weight.float() if weight.itemsize == 1 else weight  # float8 has no arithmetic
+    return weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32)).float()
+
+
+def checked_scores(scores: Scores, monitor: str | None) -> dict[str, float]:
+    """The scores as numbers.
+
+    Raises:
+        UsageError: If one is no number, or the monitored one is not there.
+
+    Example:
+        >>> checked_scores({"accuracy": torch.tensor(0.5)}, "accuracy")
+        {'accuracy': 0.5}
+    """
+    if monitor is not None and monitor not in scores:
+        raise UsageError(
+            f"checkpoints.save(state, scores) with monitor={monitor!r}",
+            f"the scores {[*scores]}",
+            "one of those names as the monitor; or no scores, for a checkpoint between evaluations",
+        )
+    return {name: _score(name, score) for name, score in scores.items()}
+
+
+def _score(name: str, score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            "checkpoints.save(state, scores)",
+            f"{name} = {score!r:.60}",
+            "numbers or 0-d tensors as scores; anything else as TrainState(..., name=thing)",
+        ) from error

@@ -1,0 +1,30 @@
+"""A run that is killed at random instants comes to the end that it would have had."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KILLS = int(os.environ.get("LOOPKIT_KILLS", "10"))
+
+
+@pytest.mark.timeout(60 + 5 * KILLS)
+def test_killed_and_restarted_runs_end_bitwise_equal(tmp_path):
+    """No save that was acknowledged is lost, nor the best; every end equals the whole run's.
+
+    10 kills, or as many as the environment variable LOOPKIT_KILLS says.
+    """
+    path = f"{HERE.parents[1]}:{HERE.parent}"
+    done = subprocess.run(
+        [sys.executable, HERE / "killing.py", tmp_path, str(KILLS), "0"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    counts = json.loads(done.stdout)
+    assert counts["kills"] >= KILLS
+    assert counts["wrong"] == []
+    assert counts["equal"] == counts["runs"] > 0
+    assert counts["litter"] == 0
