@@ -1,0 +1,124 @@
+"""How long the loop stands still for a save, and what it takes on disk.
+
+    python benchmarks/checkpoint.py [--gigabytes 0.1 1]
+
+For each size a model with AdamW is saved in turns by `torch.save` to a file, by a
+`Checkpointer` in the background, and by one that waits for the disk (`async_save=False`);
+beside them stands the bare copy of the state into memory that was used before. The rounds
+alternate, so that whatever else the machine does falls on all of them; medians are printed
+with their quartiles. The first save of a `Checkpointer` also gets its memory from the
+system, so it is shown by itself.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import loopkit as lk
+import torch
+from torch import Tensor, nn
+
+ROUNDS = 7
+
+
+def make(gigabytes: float) -> lk.TrainState:
+    """A state of about this size: weights, and the two moments of AdamW."""
+    width, layers = 1024, max(1, round(gigabytes * 1e9 / 3 / 4 / 1024**2))
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+    state = lk.TrainState(model, torch.optim.AdamW(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return state
+
+
+def tensors_of(state: lk.TrainState) -> list[Tensor]:
+    """All tensors of a state."""
+    optimizer = state.optimizer.state_dict()["state"].values()
+    return [*state.model.state_dict().values(), *(t for s in optimizer for t in s.values())]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def show(name: str, times: list[float], base: float) -> None:
+    """A line: median, quartiles, and the ratio to a base."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    print(f"  {name:<34} {middle:7.3f} s ({low:.3f} to {high:.3f})  {middle / base:6.3f}")
+
+
+def measure(gigabytes: float, folder: Path, rounds: int) -> None:
+    """One size."""
+    state, plain = make(gigabytes), folder / "plain.pt"
+    tensors = tensors_of(state)
+    size = sum(tensor.nbytes for tensor in tensors)
+    copies = [tensor.clone() for tensor in tensors]
+    background = lk.Checkpointer(folder / "background")
+    waiting = lk.Checkpointer(folder / "waiting", async_save=False)
+
+    def save(checkpoints: lk.Checkpointer) -> None:
+        state.step += 1
+        checkpoints.save(state)
+
+    def save_plainly(*, durable: bool) -> None:
+        with plain.open("wb") as file:
+            torch.save(state.state_dict(), file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def copy() -> None:
+        for source, target in zip(tensors, copies, strict=True):
+            target.copy_(source)
+
+    print(f"{size / 1e9:.2f} GB of tensors; the ratio is to torch.save")
+    first = seconds(lambda: save(background))
+    background.wait(), save(waiting)
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, function in {
+            "torch.save": lambda: save_plainly(durable=False),
+            "torch.save and fsync": lambda: save_plainly(durable=True),
+            "bare copy": copy,
+            "save, in the background": lambda: save(background),
+            "  and until it is on disk": background.wait,
+            "save, waiting for the disk": lambda: save(waiting),
+        }.items():
+            times.setdefault(name, []).append(seconds(function))
+    base = statistics.median(times["torch.save"])
+    for name, found in times.items():
+        show(name, found, base)
+    print(f"  first save, in the background      {first:7.3f} s")
+    path = background.latest.path
+    written = sum(file.stat().st_size for file in path.iterdir())
+    print(f"  bytes on disk / bytes of tensors   {written / size:7.4f}")
+    background.close(), waiting.close()
+
+
+def main() -> None:
+    """Measure each size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    args = parser.parse_args()
+    for gigabytes in args.gigabytes:
+        folder = Path(tempfile.mkdtemp())
+        try:
+            measure(gigabytes, folder, args.rounds)
+        finally:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
