@@ -4,13 +4,11 @@ Write a step function, compose features onto it, and drive it from plain Python:
 `for state in run(step, state, loader): ...`. Read `state` and `step` first.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from loguru import logger
 
-from loopkit.checkpoint.checkpointer import Checkpointer, load_best
-from loopkit.checkpoint.export import WeightsReport, export, load_weights
-from loopkit.checkpoint.folder import Checkpoint
-from loopkit.checkpoint.options import CheckpointOptions
-from loopkit.checkpoint.restore import Restored
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -35,21 +33,6 @@ from loopkit.errors import (
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
-from loopkit.optim.combined import CombinedOptimizer
-from loopkit.optim.configure import configure_optimizer
-from loopkit.optim.create import create_optimizer
-from loopkit.optim.groups import param_groups
-from loopkit.optim.phases import (
-    constant,
-    cosine,
-    cosine_with_restarts,
-    inverse_sqrt,
-    linear,
-    polynomial,
-    warmup,
-    wsd,
-)
-from loopkit.optim.plot import plot_schedule
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -70,9 +53,69 @@ from loopkit.types import (
 )
 from loopkit.window import MicroBatches, Window, windows
 
+if TYPE_CHECKING:
+    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.export import WeightsReport, export, load_weights
+    from loopkit.checkpoint.folder import Checkpoint
+    from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.restore import Restored
+    from loopkit.optim.combined import CombinedOptimizer
+    from loopkit.optim.configure import configure_optimizer
+    from loopkit.optim.create import create_optimizer
+    from loopkit.optim.groups import param_groups
+    from loopkit.optim.phases import (
+        constant,
+        cosine,
+        cosine_with_restarts,
+        inverse_sqrt,
+        linear,
+        polynomial,
+        warmup,
+        wsd,
+    )
+    from loopkit.optim.plot import plot_schedule
+
 __version__ = "0.1.0"
 
 logger.disable("loopkit")
+
+# What is imported when it is first asked for: half of the package, which many a script never uses.
+_LATER = {
+    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
+    "loopkit.checkpoint.folder": ("Checkpoint",),
+    "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.optim.combined": ("CombinedOptimizer",),
+    "loopkit.optim.configure": ("configure_optimizer",),
+    "loopkit.optim.create": ("create_optimizer",),
+    "loopkit.optim.groups": ("param_groups",),
+    "loopkit.optim.phases": (
+        "constant",
+        "cosine",
+        "cosine_with_restarts",
+        "inverse_sqrt",
+        "linear",
+        "polynomial",
+        "warmup",
+        "wsd",
+    ),
+    "loopkit.optim.plot": ("plot_schedule",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(module), name)
+            return value
+    message = f"module 'loopkit' has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Apply",
