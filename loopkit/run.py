@@ -82,6 +82,7 @@ class Loop:
                         if state.step == before:
                             self._explain_nothing(batches)
                 self._roll_over()
+        state.graph, state.window = None, ((), 0)  # the last batch need not outlive the run
 
     def _start(self) -> None:
         state = self.state
