@@ -4,13 +4,11 @@ Write a step function, compose features onto it, and drive it from plain Python:
 `for state in run(step, state, loader): ...`. Read `state` and `step` first.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from loguru import logger
 
-from loopkit.checkpoint.checkpointer import Checkpointer, load_best
-from loopkit.checkpoint.export import WeightsReport, export, load_weights
-from loopkit.checkpoint.folder import Checkpoint
-from loopkit.checkpoint.options import CheckpointOptions
-from loopkit.checkpoint.restore import Restored
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -35,32 +33,89 @@ from loopkit.errors import (
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
-from loopkit.optim.combined import CombinedOptimizer
-from loopkit.optim.configure import configure_optimizer
-from loopkit.optim.create import create_optimizer
-from loopkit.optim.groups import param_groups
-from loopkit.optim.phases import (
-    constant,
-    cosine,
-    cosine_with_restarts,
-    inverse_sqrt,
-    linear,
-    polynomial,
-    warmup,
-    wsd,
-)
-from loopkit.optim.plot import plot_schedule
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
 from loopkit.step import Step
-from loopkit.types import Apply, Around, Backward, Forward, GradientsOf, Split, Transform, Verdict
-from loopkit.window import Window, windows
+from loopkit.types import (
+    Apply,
+    Around,
+    Backward,
+    Forward,
+    GradientsOf,
+    Recompute,
+    Split,
+    StepFunction,
+    Transform,
+    Verdict,
+    WindowSize,
+)
+from loopkit.window import MicroBatches, Window, windows
+
+if TYPE_CHECKING:
+    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.export import WeightsReport, export, load_weights
+    from loopkit.checkpoint.folder import Checkpoint
+    from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.restore import Restored
+    from loopkit.optim.combined import CombinedOptimizer
+    from loopkit.optim.configure import configure_optimizer
+    from loopkit.optim.create import create_optimizer
+    from loopkit.optim.groups import param_groups
+    from loopkit.optim.phases import (
+        constant,
+        cosine,
+        cosine_with_restarts,
+        inverse_sqrt,
+        linear,
+        polynomial,
+        warmup,
+        wsd,
+    )
+    from loopkit.optim.plot import plot_schedule
 
 __version__ = "0.1.0"
 
 logger.disable("loopkit")
+
+# What is imported when it is first asked for: half of the package, which many a script never uses.
+_LATER = {
+    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
+    "loopkit.checkpoint.folder": ("Checkpoint",),
+    "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.optim.combined": ("CombinedOptimizer",),
+    "loopkit.optim.configure": ("configure_optimizer",),
+    "loopkit.optim.create": ("create_optimizer",),
+    "loopkit.optim.groups": ("param_groups",),
+    "loopkit.optim.phases": (
+        "constant",
+        "cosine",
+        "cosine_with_restarts",
+        "inverse_sqrt",
+        "linear",
+        "polynomial",
+        "warmup",
+        "wsd",
+    ),
+    "loopkit.optim.plot": ("plot_schedule",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(module), name)
+            return value
+    message = f"module 'loopkit' has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Apply",
@@ -79,19 +134,23 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Recompute",
     "Restored",
     "Run",
     "Split",
     "Step",
+    "StepFunction",
     "TrainState",
     "Transform",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
+    "WindowSize",
     "compose",
     "configure_optimizer",
     "constant",

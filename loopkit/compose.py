@@ -1,6 +1,6 @@
 """Composing: what makes decorators, and what stacks them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -122,6 +122,10 @@ def wrap(
         Halve
     """
     _check_places("wrap", layers, {*PLACES})
+    if init is not None and not isinstance(init, Mapping):
+        raise CompositionError(
+            f"wrap(init={init!r:.40})", f"a {type(init).__name__}", 'a mapping: init={"name": make}'
+        )
     made = name or " + ".join(map(name_of, layers.values())) or "wrap()"
     return Decorator(
         (Feature(made, wraps=layers, prepare=prepare, init=init or {}, claims=claims),)
@@ -151,7 +155,9 @@ def _check_places(call: str, given: dict[str, Any], known: set[str]) -> None:
     for place, value in given.items():
         if place not in known:
             raise CompositionError(
-                f"{call}({place}=...)", "no such place in a step", f"one of {sorted(known)}"
+                f"{call}({place}=...)",
+                "no such place for it in a step",
+                f"one of {sorted(known)}" + "; own(...) for set-up" * (place in SET_UP),
             )
         if not callable(value):
             raise CompositionError(

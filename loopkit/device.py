@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import UsageError
-from loopkit.nested import map_tensors, tensors_of
+from loopkit.nested import map_tensors
 
 
 def device(name: str = "auto") -> torch.device:
@@ -98,6 +98,7 @@ def _copied_ahead(batches: Iterable[Any], target: torch.device) -> Iterator[Any]
     copies = torch.Stream(target)
     waiting: tuple[Any, torch.Event] | None = None
     for batch in batches:
+        copies.wait_stream(torch.accelerator.current_stream())  # memory it gets may still be read
         with copies:
             moved = to_device(map_tensors(_pinned, batch), target, non_blocking=True)
             arrived = copies.record_event()
@@ -116,8 +117,5 @@ def _pinned(leaf: Any) -> Any:
 
 
 def _received(batch: Any, arrived: torch.Event) -> Any:
-    stream = torch.accelerator.current_stream()
-    stream.wait_event(arrived)
-    for tensor in tensors_of(batch):  # else the allocator could reuse it while we still compute
-        tensor.record_stream(stream)
+    torch.accelerator.current_stream().wait_event(arrived)
     return batch

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -15,13 +16,15 @@ from loopkit.errors import OutputError, UsageError
 from loopkit.feed import counted, reading
 from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
-from loopkit.modes import evaluating, untouched_rng
+from loopkit.modes import eval_modes, untouched_rng
 from loopkit.nested import batch_size
 from loopkit.outcome import Weight
 from loopkit.output import read_weight
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 @attrs.define
@@ -57,7 +60,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the state on the data: mean losses and metrics, as floats.
 
-    The step function returns a mapping. Its 0-d tensors (`loss` among them) become means,
+    The step function returns a mapping (or a loss). Its 0-d tensors become means,
     weighted by its `"weight"`, or else by the number of samples in the batch, so that the
     figures do not depend on the batch size. `preds` and `target` go to the metrics.
     Nothing is left out: a NaN in one batch is a NaN in the result. Train and eval modes
@@ -69,8 +72,9 @@ def evaluate(
         data: Batches, or several named: `{"val": loader, "test": loader}`; then the names
             of the results start with theirs: `val/loss`.
         metrics: A torchmetrics Metric or MetricCollection, or a mapping from names to those
-            or to functions `(preds, target) -> number`, which are called once, with everything. A
-            tuple says what a metric reads: `{"depth": (metric, "depth", "depth_target")}`.
+            or to functions `(preds, target) -> number`, which are called once, with everything,
+            on the CPU (scikit-learn's take the target first). A tuple says what a metric reads:
+            `{"depth": (metric, "depth", "depth_target")}`.
         limit_batches: A number of batches, or a fraction of a sized loader.
         inference_mode: `torch.inference_mode`, else `torch.no_grad`.
 
@@ -79,7 +83,7 @@ def evaluate(
 
     Raises:
         UsageError: For metrics or limits that cannot be right.
-        OutputError: If the step function does not return a mapping, or a 0-d loss.
+        OutputError: If the step function returns neither a mapping nor a 0-d loss.
         DataError: For empty data.
 
     Example:
@@ -87,19 +91,27 @@ def evaluate(
         >>> evaluate(lambda state, x: {"loss": x.mean()}, state, [torch.ones(3), torch.zeros(1)])
         {'loss': 0.75}
     """
+    if not isinstance(state, TrainState):
+        raise UsageError(
+            "evaluate(step, state, data)",
+            f"a {type(state).__name__} as the state",
+            "lk.TrainState(model) second, and the data third",
+        )
     lifted, measures = eval_step(step), meters(metrics)
     named = data if isinstance(data, Mapping) else {"": data}
     if not named:
         raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
-    with untouched_rng(state.device, named.values()):
+    with untouched_rng(state.device, named.values()), eval_modes(state):
         for name, loader in named.items():
-            outputs = outputs_of(
-                lifted, state, loader, limit_batches, inference_mode=inference_mode
-            )
+            outputs = outputs_of(lifted, state, loader, limit_batches, _gradless(inference_mode))
             found = _measure(outputs, measures, state.device)
             scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
     return scores
+
+
+def _gradless(inference_mode: bool) -> Context:
+    return torch.inference_mode if inference_mode else torch.no_grad
 
 
 def outputs_of(
@@ -107,10 +119,9 @@ def outputs_of(
     state: TrainState,
     data: Iterable[Any],
     limit_batches: float | None,
-    *,
-    inference_mode: bool,
+    context: Context,
 ) -> Iterator[tuple[Any, Any]]:
-    """Each batch with what the step function made of it; the modes hold for the forward alone.
+    """Each batch with what the step function made of it, within a context of its own.
 
     Raises:
         UsageError: At once, for a limit that cannot be right.
@@ -120,7 +131,7 @@ def outputs_of(
         take = functools.partial(_first, limit=limit)
     else:
         take = functools.partial(counted, length=limit, whole=limit_batches is None)
-    return _outputs(step, state, data, take, inference_mode)
+    return _outputs(step, state, data, take, context)
 
 
 def _first(batches: Iterator[Any], limit: int | None) -> Iterator[Any]:
@@ -132,13 +143,13 @@ def _outputs(
     state: TrainState,
     data: Iterable[Any],
     take: Callable[[Iterator[Any]], Iterator[Any]],
-    inference_mode: bool,
+    context: Context,
 ) -> Iterator[tuple[Any, Any]]:
     some = False
     with reading(data) as batches:
         for batch in prefetch(take(batches), state.device):
             some = True
-            with evaluating(state, inference_mode=inference_mode), step.around(state, True):
+            with context(), step.around(state, True):
                 output = step.forward(state, batch)
             yield batch, output
     if not some:

@@ -78,10 +78,11 @@ def feed_sized(
     Nothing is read before the step asks for it, windows included, so that random
     numbers are drawn in the order of a plain loop.
     """
-    moved, left = prefetch(counted(batches, length), device), length
-    if sizes() is None:
-        yield from moved
-        return
+    moved = prefetch(counted(batches, length), device)
+    return moved if sizes() is None else _windows_of(moved, length, sizes)
+
+
+def _windows_of(moved: Iterator[Any], left: int, sizes: WindowSizes) -> Iterator[Window]:
     while left:
         taken = min(sizes() or 1, left)
         left -= taken

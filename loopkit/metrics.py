@@ -66,7 +66,7 @@ class Meter:
 
 def _joined(column: tuple[Any, ...]) -> Any:
     if isinstance(column[0], Tensor):
-        return torch.cat([value if value.ndim else value[None] for value in column])
+        return torch.cat([value if value.ndim else value[None] for value in column]).cpu()
     return [item for value in column for item in value]
 
 
@@ -95,7 +95,7 @@ def meters(metrics: Any) -> list[Meter]:
     """
     if metrics is None:
         return []
-    if hasattr(metrics, "update") and hasattr(metrics, "compute"):
+    if hasattr(metrics, "update") and hasattr(metrics, "compute") and not isinstance(metrics, type):
         is_collection = isinstance(metrics.compute, Callable) and hasattr(metrics, "items")  # type: ignore[arg-type]
         return [Meter("" if is_collection else type(metrics).__name__, metrics, ARGUMENTS)]
     if isinstance(metrics, Mapping):
@@ -111,7 +111,7 @@ def _meter(name: str, given: Any) -> Meter:
     metric, keys = (
         (given[0], given[1:]) if isinstance(given, tuple) and given else (given, ARGUMENTS)
     )
-    measures = callable(metric) or hasattr(metric, "update")
+    measures = (callable(metric) or hasattr(metric, "update")) and not isinstance(metric, type)
     if not measures or not keys or not all(isinstance(key, str) for key in keys):
         raise UsageError(
             f"evaluate(..., metrics={{{name!r}: {given!r:.60}}})",

@@ -13,25 +13,20 @@ from loopkit.state import TrainState
 
 
 @contextmanager
-def evaluating(state: TrainState, *, inference_mode: bool = True) -> Iterator[None]:
-    """The state's modules in eval mode and without gradients; then each as it was, one by one.
+def eval_modes(state: TrainState) -> Iterator[None]:
+    """The state's modules in eval mode; then each as it was, one by one.
 
     `model.train()` afterwards would wake up a BatchNorm that its owner has frozen.
 
     Args:
         state: Its model, and the modules among its extras.
-        inference_mode: `torch.inference_mode`, else `torch.no_grad`.
     """
-    roots = [
-        state.model,
-        *(extra for extra in state.extras.values() if isinstance(extra, nn.Module)),
-    ]
-    modes = {module: module.training for root in roots for module in root.modules()}
+    extras = (extra for extra in state.extras.values() if isinstance(extra, nn.Module))
+    modes = {m: m.training for root in (state.model, *extras) for m in root.modules()}
     try:
         for module in modes:
             module.training = False
-        with torch.inference_mode() if inference_mode else torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -61,6 +61,10 @@ class Outcome:
             return len(self.parts) if self.length is None else None
         return torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
 
+    def is_empty(self) -> bool:
+        """Whether it is known to be a mean over nothing: all weights are the number zero."""
+        return all(isinstance(w, int | float) and w == 0 for _, w, _ in self.parts)
+
     def mean(self) -> Tensor:
         """The weighted mean loss, 0-d and detached; NaN before the first update."""
         return _mean([(loss, weight) for loss, weight, _ in self.parts])
@@ -78,6 +82,7 @@ def _mean(values: list[tuple[Tensor, Weight | None]]) -> Tensor:
     if len(values) < 2:
         return values[0][0] if values else torch.tensor(float("nan"))
     stacked = torch.stack([value for value, _ in values])
+    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # of counts, of bf16
     if values[0][1] is None:
         return stacked.mean()
     weights = torch.stack([torch.as_tensor(weight).to(stacked) for _, weight in values])

@@ -60,9 +60,10 @@ def _refuse_loss(loss: Any, output: Any) -> NoReturn:
             f"a tensor of shape {tuple(loss.shape)}",
             "loss.mean(), a scalar",
         )
+    off = "" if torch.is_grad_enabled() else ", within torch.no_grad()"
     raise OutputError(
         "a step function's loss",
-        "a tensor without a gradient (requires_grad is False)",
+        f"a tensor without a gradient (requires_grad is False){off}",
         "a loss computed from state.model's parameters, outside no_grad and without detach",
     )
 

@@ -47,7 +47,7 @@ def whole_batch(state: TrainState, batch: Any) -> MicroBatches:  # noqa: ARG001
     if type(batch) is Window:
         raise UsageError(
             "step(state, Window(...))",
-            f"{batch!r:.80}, but the step does not accumulate gradients",
+            f"a window of {batch.length} micro-batches for a step that does not accumulate",
             "@lk.with_grad_accum(n) on the step, or a bare batch",
         )
     return (batch,), 1
@@ -84,6 +84,8 @@ class Gradients:
         outcome = state.begin_update(count)
         parts, without_gradient = outcome.parts, 0
         for micro_batch in micro_batches:
+            if count != 1:
+                state.output = None  # the last micro-batch's need not outlive it
             last = len(parts) + 1 == count or (count is None and micro_batches.at_end)  # type: ignore[attr-defined]
             with self.around(state, last):
                 loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
@@ -98,7 +100,7 @@ class Gradients:
         if len(parts) != count:
             _check_count(len(parts), count)
         if without_gradient == len(parts):
-            _zero_gradients(state)
+            state.skip_if(True)  # a window over nothing says nothing
 
 
 def _check_count(found: int, count: int | None) -> None:
@@ -110,19 +112,12 @@ def _check_count(found: int, count: int | None) -> None:
         )
 
 
-def _zero_gradients(state: TrainState) -> None:
-    """A window over nothing has the gradient zero, as on a device that cannot tell beforehand."""
-    for parameter in state.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-
-
 def divide_by_weight(state: TrainState) -> None:
     """The gradients of the window become those of the one mean over it."""
     divisor = None if state.outcome.length == 1 else state.outcome.divisor()
-    if divisor is not None:
+    if divisor is not None and (gradients := state.gradients()):
         with torch.no_grad():
-            torch._foreach_div_(state.gradients(), divisor)
+            torch._foreach_div_(gradients, divisor)
 
 
 def gather_votes(state: TrainState) -> Tensor | None:
@@ -130,7 +125,7 @@ def gather_votes(state: TrainState) -> Tensor | None:
     votes = state.votes
     if not votes:
         return None
-    return torch.stack([vote.to(votes[0].device, torch.float32) for vote in votes]).amax()
+    return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
 
 
 def apply_update(state: TrainState, recompute: Recompute) -> bool | Tensor:  # noqa: ARG001

@@ -1,8 +1,10 @@
 """Prediction: what the step function makes of each batch, in the order of the data."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
@@ -13,6 +15,7 @@ from torch.utils.data import (
 from loopkit.compose import eval_step
 from loopkit.errors import DataError
 from loopkit.evaluate import outputs_of
+from loopkit.modes import eval_modes
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -55,7 +58,13 @@ def predict(
             "a loader that shuffles, so that predictions would not be in dataset order",
             "DataLoader(dataset, shuffle=False)",
         )
-    outputs = outputs_of(eval_step(step), state, data, limit_batches, inference_mode=inference_mode)
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        with eval_modes(state), torch.inference_mode() if inference_mode else torch.no_grad():
+            yield
+
+    outputs = outputs_of(eval_step(step), state, data, limit_batches, evaluating)
     return (output for _, output in outputs)
 
 

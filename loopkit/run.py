@@ -59,7 +59,7 @@ class Loop:
         """The state after each update."""
         state, step = self.state, self.step
         most = self.limits.steps or math.inf
-        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        timed, deadline = self.limits.seconds, time.monotonic() + (self.limits.seconds or math.inf)
         self._start()
         with Interruptible() as interrupt:
             while not self._ended() and time.monotonic() < deadline:
@@ -76,12 +76,13 @@ class Loop:
                         if state.epoch_end or self._ahead is not None:
                             self._look_ahead(batches)
                         yield state
-                        if state.step >= most or time.monotonic() >= deadline:
+                        if state.step >= most or (timed and time.monotonic() >= deadline):
                             break
                     else:
                         if state.step == before:
                             self._explain_nothing(batches)
                 self._roll_over()
+        state.graph, state.window = None, ((), 0)  # the last batch need not outlive the run
 
     def _start(self) -> None:
         state = self.state

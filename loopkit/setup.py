@@ -1,5 +1,7 @@
 """Setting a state up for a step, once, before the step's first update."""
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,15 +38,16 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
             "lk.TrainState(model, optimizer)",
         )
     _check_names(features, state)
+    _check_use(features, state)
     new = [feature for feature in features if feature not in state.set_up]
     for feature in new:
         if feature.prepare is not None:
             feature.prepare(state)
+        state.set_up.append(feature)  # one by one: what was prepared is not prepared again
     for place in ("compile", "parallelize"):
         for feature in new:
             if place in feature.owns:
                 feature.owns[place](state)
-    state.set_up.extend(new)
     _init(features, state)
     if len(state.attached) > MANY:  # steps made in a loop: checking one again is cheap
         state.attached.clear()
@@ -71,7 +74,28 @@ def _init(features: tuple[Feature, ...], state: TrainState) -> None:
     with _restored_values(state):
         made = {name: make(state) for name, make in makers.items() if name not in state.features}
     state.features |= made  # only now, so that one that fails leaves none behind
-    restore(state.features, {name: state.pending.pop(name) for name in made.keys() & state.pending})
+    if made:
+        state.attached.clear()  # steps that lack what is kept now are no longer right for it
+    if waiting := made.keys() & state.pending:
+        restore(state.features, {name: state.pending.pop(name) for name in waiting})
+
+
+def _check_use(features: tuple[Feature, ...], state: TrainState) -> None:
+    closure = inspect.signature(state.optimizer.step).parameters.get("closure")  # type: ignore[union-attr]
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure and not any("apply" in feature.owns for feature in features):
+        raise CompositionError(
+            f"a step for {type(state.optimizer).__name__}",
+            "an optimizer that evaluates the loss itself, through a closure",
+            "@lk.with_closure() on the step",
+        )
+    if not state.model.training:
+        warnings.warn(
+            "training a model in eval mode: its dropout is off and its BatchNorm statistics stay"
+            " (from_pretrained leaves models so); call model.train() before, or freeze parts of it"
+            " by their own eval()",
+            stacklevel=4,
+        )
 
 
 def _check_names(features: tuple[Feature, ...], state: TrainState) -> None:

@@ -17,6 +17,7 @@ from loopkit.position import Position
 from loopkit.rng import rng_state, set_rng_state
 from loopkit.window import Ahead, MicroBatches
 
+SKIP, RAISE = 1.0, 2.0  # votes, of which the largest counts
 CLOCK = ("step", "epoch", "batch", "samples", "epoch_end")
 
 
@@ -48,8 +49,8 @@ class TrainState:
         outcome: Losses and weights of the micro-batches of the last update.
         features: What the step's decorators keep, by name.
         window: The micro-batches of the last update, and how many they are.
-        votes: Inside an update: 0-d tensors, non-zero to skip it; see `skip_if`.
-        verdict: Inside an update: 0-d tensor, non-zero where it will be skipped; or None.
+        votes: Inside an update: 0-d tensors, 1 to skip it, 2 to raise; see `skip_if`.
+        verdict: Inside an update: the largest vote, or None where nobody voted.
 
     Raises:
         UsageError: If the model is no module, or the optimizer holds none of its parameters.
@@ -82,6 +83,7 @@ class TrainState:
     pending: dict[str, Any] = attrs.field(factory=dict)  # restored before its feature was set up
     set_up: list[object] = attrs.field(factory=list)  # features whose set-up was run on this state
     attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
+    unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
@@ -102,6 +104,9 @@ class TrainState:
             f"TrainState({type(self.model).__name__}, {optimizer},"
             f" step={self.step}, epoch={self.epoch})"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainState":
+        return self.snapshot()
 
     # What the last update found
 
@@ -129,8 +134,9 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         """Where the parameters are (the first one's device)."""
-        if self.optimizer is not None:  # a look-up; model.parameters() walks through modules
-            return self.optimizer.param_groups[0]["params"][0].device  # type: ignore[no-any-return]
+        for group in () if self.optimizer is None else self.optimizer.param_groups:
+            for parameter in group["params"]:  # a look-up; model.parameters() walks modules
+                return parameter.device  # type: ignore[no-any-return]
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -150,14 +156,22 @@ class TrainState:
         """What a feature keeps under `name`, or what was restored for it; None if neither."""
         return self.features.get(name, self.pending.get(name))
 
-    def skip_if(self, vote: Tensor) -> None:
+    def skip_if(self, vote: Tensor | bool) -> None:
         """Vote to skip this update; one vote is enough, and all ranks follow it.
 
         Args:
-            vote: 0-d tensor, true or non-zero to skip. It is not read here, so voting
-                never waits for the device.
+            vote: True, or a 0-d tensor that is non-zero, to skip. A tensor is not read here,
+                so voting never waits for the device.
         """
-        self.votes.append(vote.detach())
+        self.votes.append((torch.as_tensor(vote).detach() != 0).float() * SKIP)
+
+    def raise_if(self, vote: Tensor | bool) -> None:
+        """Vote to raise an error in place of this update; it outweighs votes to skip.
+
+        Args:
+            vote: As for `skip_if`. What raises is the feature that owns the error.
+        """
+        self.votes.append((torch.as_tensor(vote).detach() != 0).float() * RAISE)
 
     def begin_update(self, length: int | None) -> Outcome:
         """Forget the last update, its gradients and votes; start a window of `length`."""
@@ -251,6 +265,12 @@ class TrainState:
                 "state.load_state_dict(...)",
                 f"parts {sorted(state_dict)}",
                 f"a dict with exactly the parts {sorted(parts)}, as state.state_dict() gives it",
+            )
+        if lost := sorted(self.features.keys() - state_dict["features"].keys()):
+            raise UsageError(
+                "state.load_state_dict(...)",
+                f"nothing for {lost}, which this state has kept since it was trained",
+                "a fresh lk.TrainState for what was saved without it",
             )
         self.model.load_state_dict(state_dict["model"])
         if self.optimizer is not None and state_dict["optimizer"] is not None:

@@ -9,7 +9,7 @@ import attrs
 from torch import Tensor
 
 from loopkit import places
-from loopkit.errors import CompositionError
+from loopkit.errors import CompositionError, OutputError
 from loopkit.feature import Feature
 from loopkit.setup import set_up
 from loopkit.state import TrainState
@@ -90,8 +90,11 @@ class Step:
             known = False
         if not known:
             set_up(self.features, self, state)
+            state.unproven = True
         window = state.window = self.split(state, batch)
         self.gradients(state, window)
+        if state.unproven and not state.outcome.is_empty():
+            self._prove(state)
         self.unscale(state)  # loss scale and window weight leave the gradients here
         self.transform(state)  # clip, noise, norms
         state.verdict = self.verdict(state)
@@ -107,6 +110,17 @@ class Step:
         self.unscale(state)
         self.transform(state)
         return state.loss
+
+    def _prove(self, state: TrainState) -> None:
+        """After the first backward pass: it has reached a parameter of the state at all."""
+        state.unproven = False
+        external = any({"gradients", "backward", "apply"} & f.owns.keys() for f in self.features)
+        if not external and not state.gradients():
+            raise OutputError(
+                f"the loss of {name_of_function(self)}",
+                f"no gradient for any of the {len(state.parameters())} parameters of {state!r}",
+                "a loss computed with state.model, not with another copy of the model",
+            )
 
     def base_of(self, place: str) -> Any:
         """What stands in a place that is made of the step's own parts."""
@@ -162,15 +176,15 @@ def _names_in(step: Step, place: str) -> list[str]:
 
 
 def _check_composition(features: tuple[Feature, ...]) -> None:
-    seen: dict[tuple[str, str], Feature] = {}
-    for feature in features:
+    seen: dict[tuple[str, str], int] = {}
+    for index, feature in enumerate(features):
         claims = [("own the place", place) for place in feature.owns]
         claims += [("keep state under the name", name) for name in feature.init]
         for claim in claims + [("set the", name) for name in feature.claims]:
-            other = seen.setdefault(claim, feature)
-            if other is not feature:
+            other = seen.setdefault(claim, index)
+            if other != index:
                 raise CompositionError(
-                    f"{feature.name} composed with {other.name}",
+                    f"{feature.name} composed with {features[other].name}",
                     f"that both {claim[0]} {claim[1]!r}",
                     "one of the two (a name can be chosen where the decorator takes name=...)",
                 )

@@ -1,8 +1,6 @@
 """For tests: the loop written by hand as an oracle, exact comparison, and checks of decorators."""
 
-import copy
 import itertools
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,15 +9,20 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from loopkit.compose import Decorator, compose
-from loopkit.decorators.accumulate import with_grad_accum
-from loopkit.decorators.amp import DTYPES, with_amp
-from loopkit.decorators.clip import with_clip
-from loopkit.decorators.ema import with_ema
-from loopkit.decorators.schedule import with_schedule
-from loopkit.run import run
+from loopkit.checking import Problem, check_decorator, small_problem
+from loopkit.decorators.amp import DTYPES
+from loopkit.exact import assert_bitwise_equal
 from loopkit.state import TrainState
 from loopkit.types import StepFunction
+
+__all__ = [
+    "ByHand",
+    "Problem",
+    "assert_bitwise_equal",
+    "check_decorator",
+    "small_problem",
+    "train_by_hand",
+]
 
 
 @attrs.define
@@ -132,183 +135,3 @@ def train_by_hand(  # noqa: PLR0912, PLR0913
         if found.scaler is not None:
             found.scaler.update()
     return found
-
-
-def assert_bitwise_equal(ours: Any, theirs: Any, where: str = "value") -> None:
-    """Raise unless two nested values are equal bit for bit, NaNs and signs of zero included.
-
-    Args:
-        ours: Tensors, numbers, text, and mappings and sequences of those.
-        theirs: The same.
-        where: What the value is called in the message.
-
-    Raises:
-        AssertionError: Saying where they differ first, and by how much.
-
-    Example:
-        >>> assert_bitwise_equal({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0])})
-        Traceback (most recent call last):
-        AssertionError: value['a'] differs in 1 of 1 elements, by at most 0.0
-    """
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        _assert_equal_tensors(ours, theirs, where)
-    elif isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        if ours.keys() != theirs.keys():
-            _fail(f"{where} has the keys {sorted(map(str, ours))}, not {sorted(map(str, theirs))}")
-        for key in ours:
-            assert_bitwise_equal(ours[key], theirs[key], f"{where}[{key!r}]")
-    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
-        if len(ours) != len(theirs):
-            _fail(f"{where} has {len(ours)} items, not {len(theirs)}")
-        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            assert_bitwise_equal(our, their, f"{where}[{i}]")
-    elif ours != theirs and not (ours != ours and theirs != theirs):  # noqa: PLR0124
-        _fail(f"{where} is {ours!r}, not {theirs!r}")
-
-
-def _assert_equal_tensors(ours: Tensor, theirs: Tensor, where: str) -> None:
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        _fail(f"{where} is {ours.dtype}{[*ours.shape]}, not {theirs.dtype}{[*theirs.shape]}")
-    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
-    bits = [t.contiguous().reshape(-1, 1).view(torch.uint8) for t in (ours, theirs)]
-    differs = (bits[0] != bits[1]).any(dim=1)
-    if differs.any():
-        most = (ours.double() - theirs.double()).abs().max().item()
-        _fail(f"{where} differs in {differs.sum()} of {ours.numel()} elements, by at most {most}")
-
-
-def _fail(message: str) -> None:
-    raise AssertionError(message)
-
-
-@attrs.frozen
-class Problem:
-    """A small training problem for checks.
-
-    Attributes:
-        make_state: Makes the same fresh state each time.
-        function: The step function.
-        batches: What it is trained on.
-    """
-
-    make_state: Callable[[], TrainState]
-    function: StepFunction
-    batches: list[Any]
-
-
-def _make_state() -> TrainState:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 2))
-    return TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.01))
-
-
-def _function(state: TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, labels = batch
-    return nn.functional.cross_entropy(state.model(inputs), labels)
-
-
-def small_problem() -> Problem:
-    """A tiny classifier with dropout, and seven batches.
-
-    Example:
-        >>> len(small_problem().batches)
-        7
-    """
-    torch.manual_seed(1)
-    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(7)]
-    return Problem(_make_state, _function, batches)
-
-
-def _halving(update: int) -> float:
-    return 0.01 * 0.9**update
-
-
-def check_decorator(decorator: Decorator, problem: Problem | None = None) -> None:
-    """Check that a decorator keeps the laws that the built-in ones keep.
-
-    It prints, compares and pickles; a call is one update; it gives bitwise the same
-    weights wherever it stands among with_amp, with_grad_accum, with_clip, with_ema and
-    with_schedule, without switching one of them off; and training that is saved and resumed
-    equals training that was not interrupted.
-
-    Args:
-        decorator: What `wrap`, `own` or `compose` made.
-        problem: What to train on; by default `small_problem()`.
-
-    Raises:
-        AssertionError: Saying which law does not hold.
-
-    Example:
-        >>> check_decorator(with_clip(0.1))
-    """
-    problem = problem or small_problem()
-    _check_value(decorator, problem)
-    _check_orders(decorator, problem)
-    _check_resume(decorator, problem)
-
-
-def _check_value(decorator: Decorator, problem: Problem) -> None:
-    step = decorator(problem.function)
-    if step != decorator(problem.function):
-        _fail(f"{decorator} on the same function twice gives unequal steps: layers should be"
-              " frozen attrs classes, with settings through functools.partial")  # fmt: skip
-    if not all(feature.name in str(step) for feature in decorator.features):
-        _fail(f"{decorator} is not shown by print(step)")
-    try:
-        again = pickle.loads(pickle.dumps(decorator))  # noqa: S301
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        _fail(f"{decorator} does not pickle ({error}): layers should be classes of a module")
-    if again != decorator:
-        _fail(f"{decorator} is not equal to its pickled copy")
-
-
-def _check_orders(decorator: Decorator, problem: Problem) -> None:
-    others = [other for other in _companions() if not _clash(decorator, other)]
-    first = None
-    # What changes gradients runs in the order it was written, so clipping stays outermost.
-    for place in range(len(others) + 1):
-        stack = compose(with_clip(1.0), *others[:place], decorator, *others[place:])
-        state = problem.make_state()
-        torch.manual_seed(2)
-        for before, _ in enumerate(
-            run(stack(problem.function), state, problem.batches, max_epochs=1)
-        ):
-            if state.step != before + 1:
-                _fail(f"{decorator}: a call counted {state.step - before} updates, not one")
-        if state.grad_norm is None:
-            _fail(f"{decorator} keeps with_clip from running: a layer must call its inner one once")
-        first = first or (stack, state)
-        where = f"the state after {stack}, against {first[0]}:"
-        assert_bitwise_equal(state.state_dict(), first[1].state_dict(), where)
-
-
-def _companions() -> list[Decorator]:
-    return [with_grad_accum(2), with_amp("bf16"), with_ema(0.9), with_schedule(lr=_halving)]
-
-
-def _clash(one: Decorator, other: Decorator) -> bool:
-    claims = [
-        {*f.owns, *f.init, *f.claims} for decorator in (one, other) for f in decorator.features
-    ]
-    return any(a & b for a, b in itertools.combinations(claims, 2))
-
-
-def _check_resume(decorator: Decorator, problem: Problem) -> None:
-    state = problem.make_state()
-    step = decorator(problem.function)
-    torch.manual_seed(3)
-    for _ in run(step, state, problem.batches, max_epochs=1):
-        pass
-    branch, saved, rng = (
-        problem.make_state(),
-        copy.deepcopy(state.state_dict()),
-        torch.get_rng_state(),
-    )
-    for _ in run(step, state, problem.batches, max_epochs=2):
-        pass
-    branch.load_state_dict(saved)
-    torch.set_rng_state(rng)
-    for _ in run(step, branch, problem.batches, max_epochs=2):
-        pass
-    where = f"the state after training with {decorator} resumed, against uninterrupted:"
-    assert_bitwise_equal(branch.state_dict(), state.state_dict(), where)

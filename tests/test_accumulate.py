@@ -1,5 +1,7 @@
 """Gradient accumulation: the gradient of the one big batch, whatever the windows."""
 
+import copy
+
 import loopkit as lk
 import pytest
 import torch
@@ -55,18 +57,24 @@ def test_unequal_micro_batches_give_the_gradient_of_the_one_big_batch(shapes, la
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("window", [1, 2])
-def test_a_window_over_nothing_has_gradient_zero(as_tensor, window):
-    """With a weight of zero throughout the gradient is zero, though the loss is NaN."""
+def test_an_update_over_nothing_is_skipped(as_tensor, window):
+    """With a weight of zero throughout nothing changes, momentum and weight decay included."""
 
     def nothing(state, batch):
-        inputs, _ = batch
-        loss = (state.model(inputs) * 0).sum() / torch.zeros((), dtype=inputs.dtype)
+        if state.step != 1:
+            return {"loss": classifier(state, batch), "weight": 1}
+        loss = (state.model(batch[0]) * 0).sum() / torch.zeros((), dtype=batch[0].dtype)
         return {"loss": loss, "weight": torch.tensor(0) if as_tensor else 0}
 
-    state = sgd_state()
-    lk.with_grad_accum(window)(nothing)(state, lk.Window(make_batches(window, dtype=torch.float64)))
-    assert all((gradient == 0).all() for gradient in gradients(state))
+    state = make_state(optimizer="momentum")
+    step = lk.compose(lk.with_grad_accum(window), lk.with_nonfinite("raise"))(nothing)
+    step(state, lk.Window(make_batches(window)))
+    before = copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict()))
+    step(state, lk.Window(make_batches(window)))
+    assert not state.applied
     assert state.loss.isnan()
+    assert_bitwise_equal((state.model.state_dict(), state.optimizer.state_dict()), before)
+    assert step(state, lk.Window(make_batches(window))).applied
 
 
 def test_auxiliary_numbers_are_means_by_weight_over_the_window():

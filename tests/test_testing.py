@@ -68,7 +68,27 @@ def with_closure_layer():
     return lk.wrap(transform=Hidden)
 
 
+@attrs.frozen
+class CallsInnerTwice:
+    inner: lk.Transform
+
+    def __call__(self, state):
+        self.inner(state)
+        self.inner(state)
+
+
+@attrs.frozen
+class SkipsAlways:
+    inner: lk.Transform
+
+    def __call__(self, state):
+        state.skip_if(True)
+        self.inner(state)
+
+
 BAD = {
+    "a layer that calls its inner one twice": (lk.wrap(transform=CallsInnerTwice), "2 times"),
+    "a layer that skips every update": (lk.wrap(transform=SkipsAlways), "skips every update"),
     "a layer that forgets its inner one": (lk.wrap(transform=ForgetsInner), "call its inner one"),
     "a layer whose effect depends on the order": (lk.wrap(forward=DependsOnOrder), "differs in"),
     "a layer with state that is not the state's": (lk.wrap(transform=KeepsHiddenState), "differs"),

@@ -75,7 +75,7 @@ def _make_scaler(state: TrainState, init_scale: float) -> GradScaler:
     return GradScaler(state.device.type, init_scale=init_scale)
 
 
-def with_amp(dtype: str, *, init_scale: float = 2.0**16) -> Decorator:
+def with_amp(dtype: str | torch.dtype, *, init_scale: float = 2.0**16) -> Decorator:
     """Run the forward under autocast; with fp16 scale the loss as well.
 
     fp16: `backward(loss * scale)`, then gradients / scale before anything reads them
@@ -83,7 +83,7 @@ def with_amp(dtype: str, *, init_scale: float = 2.0**16) -> Decorator:
     schedule nor averages advance, and the scale is halved. bf16 needs none of that.
 
     Args:
-        dtype: `"bf16"` or `"fp16"`.
+        dtype: `"bf16"` or `"fp16"`, or torch's dtypes of those.
         init_scale: First loss scale, for fp16.
 
     Raises:
@@ -95,6 +95,7 @@ def with_amp(dtype: str, *, init_scale: float = 2.0**16) -> Decorator:
 
     Source: https://docs.pytorch.org/docs/stable/amp.html, https://arxiv.org/abs/1710.03740
     """
+    dtype = next((key for key, value in DTYPES.items() if value is dtype), dtype)
     name = f"with_amp({dtype!r})"
     autocast = functools.partial(Autocast, dtype=DTYPES[one_of(name, "dtype", dtype, (*DTYPES,))])
     if dtype == "bf16":

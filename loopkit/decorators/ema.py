@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopkit.check import fraction
 from loopkit.compose import Decorator, wrap
-from loopkit.errors import UsageError
+from loopkit.errors import CompositionError, UsageError
 from loopkit.state import TrainState
 from loopkit.types import Transform
 
@@ -42,14 +42,19 @@ class UpdateAverages:
     def __call__(self, state: TrainState) -> None:
         """Move the averages towards the weights, unless the update was skipped."""
         averages = state.features[self.name].weights
-        weights = [p for n, p in state.model.named_parameters() if n in averages]
+        named = _averaged(state)
+        if named.keys() != averages.keys():
+            _refuse(self.name, sorted(named.keys() ^ averages.keys()))
         with torch.no_grad():
+            weights = [named[name].to(average.dtype) for name, average in averages.items()]
             _lerp([*averages.values()], weights, 1 - self.decay, state.applied)
         self.inner(state)
 
 
 def _lerp(averages: list[Tensor], weights: list[Any], share: float, applied: bool | Tensor) -> None:
-    if isinstance(applied, Tensor):  # decided on the device: weigh by it rather than wait for it
+    if (
+        isinstance(applied, Tensor) and averages
+    ):  # decided on the device: weigh by it rather than wait for it
         kinds = {(a.device, a.dtype) for a in averages}
         shares = {(device, dtype): applied.to(device, dtype) * share for device, dtype in kinds}
         torch._foreach_lerp_(averages, weights, [shares[a.device, a.dtype] for a in averages])
@@ -57,9 +62,27 @@ def _lerp(averages: list[Tensor], weights: list[Any], share: float, applied: boo
         torch._foreach_lerp_(averages, weights, share)
 
 
-def _make_averages(state: TrainState) -> Averages:
+def _averaged(state: TrainState) -> dict[str, Tensor]:
     named = state.model.named_parameters()
-    return Averages({n: p.detach().clone() for n, p in named if p.is_floating_point()})
+    return {name: p for name, p in named if p.is_floating_point() or p.is_complex()}
+
+
+def _refuse(name: str, others: list[str]) -> None:
+    raise CompositionError(
+        f"with_ema(..., name={name!r})",
+        f"parameters that were added, removed or renamed since: {', '.join(others[:3])}",
+        "all changes of the model before its first update, or a new lk.TrainState after them",
+    )
+
+
+def _make_averages(state: TrainState) -> Averages:
+    """In float32 at least: an average in bf16 stands still once a step is below half a unit."""
+    return Averages(
+        {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in _averaged(state).items()
+        }
+    )
 
 
 def with_ema(decay: float, *, name: str = "ema") -> Decorator:

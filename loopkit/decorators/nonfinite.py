@@ -6,27 +6,43 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from loopkit.check import one_of
 from loopkit.compose import Decorator, wrap
 from loopkit.errors import NonFiniteError
-from loopkit.state import TrainState
+from loopkit.state import RAISE, TrainState
 from loopkit.types import Apply, Recompute, Transform
 
 
 @attrs.frozen
 class VoteOnFinite:
-    """A vote to skip where the loss or a gradient is not finite."""
+    """A vote where the loss or a gradient is not finite, before anything can hide it."""
 
     inner: Transform
+    policy: str
 
     def __call__(self, state: TrainState) -> None:
-        """Vote, then go on."""
-        # The largest element: unlike the 2-norm it does not overflow where no gradient did.
-        largest = get_total_norm(state.gradients(), norm_type=float("inf"))
-        state.skip_if(~(torch.isfinite(largest) & torch.isfinite(state.loss).to(largest.device)))
+        """Let the gradients become those of the loss, then vote."""
         self.inner(state)
+        if state.outcome.is_empty():
+            return
+        loss = ~torch.isfinite(state.loss)
+        gradients = ~_are_finite(state.gradients())
+        if self.policy == "skip":
+            state.skip_if(loss.to(gradients.device) | gradients)
+            return
+        for explained in state.votes:  # an overflow that a loss scale is adapting to
+            gradients = gradients & (explained == 0).to(gradients.device)
+        state.raise_if(loss.to(gradients.device) | gradients)
+
+
+def _are_finite(gradients: list[Tensor]) -> Tensor:
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    # The largest element: unlike the 2-norm it does not overflow where no gradient did.
+    norms = torch._foreach_norm([g for g in dense if g.numel()], float("inf")) if dense else ()  # noqa: SLF001
+    if not norms:
+        return torch.tensor(True)
+    return torch.isfinite(torch.stack([norm.to(norms[0].device).float() for norm in norms])).all()
 
 
 @attrs.frozen
@@ -37,7 +53,7 @@ class RaiseOnVote:
 
     def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
         """Raise before the optimizer has changed anything."""
-        if state.verdict is not None and state.verdict.item():
+        if state.verdict is not None and state.verdict.item() >= RAISE:
             raise NonFiniteError(
                 f'with_nonfinite("raise") at update {state.step + 1}',
                 f"loss {state.loss.item()}, and non-finite gradients in {_culprits(state)}",
@@ -63,6 +79,8 @@ def with_nonfinite(policy: str) -> Decorator:
     A skipped update leaves weights, optimizer, schedule and averages as they were;
     `state.applied` is false. All ranks skip or raise together. Skipping does not wait
     for the device where the optimizer takes `found_inf` (`fused=True`); raising must.
+    Overflows that fp16's loss scale adapts to are skipped under either policy, and an update
+    over nothing (a weight of zero) is neither.
 
     Args:
         policy: `"skip"` or `"raise"`.
@@ -76,6 +94,7 @@ def with_nonfinite(policy: str) -> Decorator:
         with_nonfinite('skip')
     """
     name = f"with_nonfinite({policy!r})"
-    if one_of(name, "policy", policy, ("skip", "raise")) == "skip":
-        return wrap(name=name, transform=VoteOnFinite)
-    return wrap(name=name, transform=VoteOnFinite, apply=functools.partial(RaiseOnVote))
+    vote = functools.partial(VoteOnFinite, policy=one_of(name, "policy", policy, ("skip", "raise")))
+    if policy == "skip":
+        return wrap(name=name, unscale=vote)
+    return wrap(name=name, unscale=vote, apply=RaiseOnVote)

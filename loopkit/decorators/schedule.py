@@ -16,6 +16,7 @@ from loopkit.types import Apply, Recompute, Transform
 
 Schedule = Callable[[int], float]
 KEPT_AS = "schedule."
+PLATEAU = "for ReduceLROnPlateau call scheduler.step(score) in your loop"
 
 
 @attrs.define
@@ -137,8 +138,7 @@ def _with_torch_scheduler(scheduler: Any) -> Decorator:
         raise UsageError(
             call,
             f"a {type(scheduler).__name__}, which is not stepped once for each update",
-            "an LRScheduler, or a function of the optimizer that makes one;"
-            " for ReduceLROnPlateau call scheduler.step(score) in your loop",
+            f"an LRScheduler, or a function of the optimizer that makes one; {PLATEAU}",
         )
     make = functools.partial(_make_scheduler, call=call, scheduler=scheduler)
     return wrap(name=call, init={KEPT_AS + "lr": make}, after=StepScheduler)
@@ -158,6 +158,10 @@ def _make_count(
         raise UsageError(
             call, f"{len(schedule)} schedules for {len(groups)} param groups", "one for each group"
         )
+    shared = len({id(group[key]) for group in groups}) < len(groups)
+    for group in groups if shared else []:
+        if isinstance(group[key], Tensor):  # torch gives one tensor to all groups
+            group[key] = group[key].clone()
     return Count()
 
 
@@ -165,6 +169,8 @@ def _make_scheduler(state: TrainState, call: str, scheduler: Any) -> LRScheduler
     made: LRScheduler = (
         scheduler if isinstance(scheduler, LRScheduler) else scheduler(state.optimizer)
     )
+    if isinstance(made, ReduceLROnPlateau):
+        raise UsageError(call, "a ReduceLROnPlateau, which needs a score", PLATEAU)
     if made.optimizer is not state.optimizer:
         raise UsageError(
             call, "a scheduler over another optimizer", "a scheduler made from state.optimizer"

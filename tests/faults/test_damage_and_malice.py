@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named_and_the_one_before_restored(two, damage):
     """Each kind of damage, in each file: the file is named, the older checkpoint restored."""
     folder, digests = two
     names = files_of(folder)
-    assert len(names) == 7
+    assert len(names) == 6
     for name in names:
         shutil.copytree(folder, folder.with_name(f"{name}-run"))
         damaged = folder.with_name(f"{name}-run")
@@ -392,7 +392,7 @@ def test_the_package_has_no_way_to_execute_what_it_reads():
                 names = {alias.name.split(".")[0] for alias in node.names}
                 names.add((getattr(node, "module", None) or "").split(".")[0])
                 # The public checks for tests pickle steps to show that one can; they read no file
-                assert not names & forbidden or path.name == "testing.py", path
+                assert not names & forbidden or path.name == "checking.py", path
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "torch.load", "__import__"}, path
