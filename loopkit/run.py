@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 import attrs
@@ -18,6 +17,7 @@ from loopkit.position import Position, reopened, set_epoch, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
+from loopkit.updates import Updates
 from loopkit.window import Ahead, Window
 
 
@@ -186,7 +186,7 @@ class Loop:
         return self.state.data is not None and self.state.data is not self.data
 
 
-class Run:
+class Run(Updates):
     """An iterator over the states of a training run, once for each update; made by `run`.
 
     `break` when you like: the state is then as after its last update. As a context
@@ -203,28 +203,7 @@ class Run:
     def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:
         self.step, self.state, self.data, self.limits = step, state, data, limits
         self._loop = Loop(step, state, data, limits)
-        self._iterator: Generator[TrainState] = self._loop.updates()
-
-    def __iter__(self) -> Iterator[TrainState]:
-        return self._iterator
-
-    def __next__(self) -> TrainState:
-        return next(self._iterator)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the run where it is; its data workers end with it."""
-        self._iterator.close()
+        super().__init__(self._loop.updates())
 
     @property
     def total_steps(self) -> int | None:

@@ -43,6 +43,7 @@ checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
 types modes metrics
+updates
 state feed
 limits device output
 check outcome window interrupt seed position

@@ -1,13 +1,13 @@
 """A run that saves itself between updates."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from types import TracebackType
+from collections.abc import Callable, Generator, Iterable
 
 from loopkit.checkpoint.every import Every
 from loopkit.state import TrainState
+from loopkit.updates import Updates
 
 
-class Saving:
+class Saving(Updates):
     """The states of a run, which is saved on the way; made by `Checkpointer.wrap`.
 
     Attributes:
@@ -21,25 +21,8 @@ class Saving:
         save: Callable[[TrainState], object],
         wait: Callable[[], object],
     ) -> None:
-        self.run, self._every, self._save, self._wait = run, every, save, wait
-        self._iterator = self._states()
-
-    def __iter__(self) -> Iterator[TrainState]:
-        return self._iterator
-
-    def __next__(self) -> TrainState:
-        return next(self._iterator)
-
-    def __enter__(self) -> "Saving":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
+        self.run = run
+        super().__init__(_saved(run, every, save, wait))
 
     @property
     def total_steps(self) -> int | None:
@@ -48,16 +31,24 @@ class Saving:
 
     def close(self) -> None:
         """End it where it is, the run as well."""
-        self._iterator.close()
+        super().close()
         if hasattr(self.run, "close"):
             self.run.close()
 
-    def _states(self) -> Generator[TrainState]:
-        last = None
-        for last in self.run:
-            yield last
-            if self._every.is_due(last):  # after the loop's body, which belongs to the update
-                self._save(last)
-        if last is not None:
-            self._save(last)
-            self._wait()
+
+# A function, as a generator that held its `Saving` would be a cycle: data workers would
+# outlive a `break` until the garbage collector finds it.
+def _saved(
+    run: Iterable[TrainState],
+    every: Every,
+    save: Callable[[TrainState], object],
+    wait: Callable[[], object],
+) -> Generator[TrainState]:
+    last = None
+    for last in run:
+        yield last
+        if every.is_due(last):  # after the loop's body, which belongs to the update
+            save(last)
+    if last is not None:
+        save(last)
+        wait()

@@ -1,5 +1,8 @@
 """A run that was stopped within an epoch goes on from its checkpoint with what was left."""
 
+import gc
+import multiprocessing
+
 import loopkit as lk
 import pytest
 import torch
@@ -40,3 +43,17 @@ def test_stopped_at_any_update_and_restored_twice_the_run_is_the_same(tmp_path, 
                 checkpoints.save(state)
         for part in ("model", "optimizer", "features", "clock"):
             assert_bitwise_equal(state.state_dict()[part], whole.state_dict()[part], part)
+
+
+def test_a_break_ends_the_run_within_at_once(tmp_path):
+    """A loop that is left over a wrapped run leaves no data workers to the garbage collector."""
+    gc.disable()
+    try:
+        state, loader = make(2)
+        before = len(multiprocessing.active_children())
+        with lk.Checkpointer(tmp_path, every=100) as checkpoints:
+            for _ in checkpoints.wrap(lk.run(STEP, state, loader)):
+                break
+        assert len(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
