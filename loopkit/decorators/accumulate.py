@@ -55,6 +55,12 @@ def with_grad_accum(n: WindowSchedule) -> Decorator:
     the `"weight"` that the step function returned, or 1. `run` makes the windows. A
     shorter window at the end of an epoch is the exact mean over what it holds.
 
+    A micro-batch of weight zero adds nothing, and an update over nothing is skipped, where
+    the host knows the weight (a number, or a tensor on the CPU). A weight that is a tensor on
+    a device is not read, which would wait: there, let a mean over nothing be finite, as
+    `F.cross_entropy(..., ignore_index=...)` has finite gradients, or by
+    `total / count.clamp(min=1)`.
+
     Args:
         n: Micro-batches for each update; or by epoch, `{0: 1, 5: 4}` (4 from epoch 5
             on); or a function of the state's clock (`step`, `epoch`, `batch`, `samples`).
