@@ -98,6 +98,12 @@ def feed_unsized(
         chunk = [*itertools.islice(batches, int(min(size or 1, left)))]
         if not chunk:
             return
+        if size is not None and type(chunk[0]) is Window:
+            raise DataError(
+                "run(step, state, lk.windows(data, n))",
+                "windows, for a step that accumulates: run makes them itself",
+                "run(step, state, data), or for window in lk.windows(data, n): step(state, window)",
+            )
         left -= len(chunk)
         moved = prefetch(chunk, device)
         yield next(moved) if size is None else Window(moved, len(chunk))

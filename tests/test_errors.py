@@ -93,6 +93,10 @@ WRONG = {
     "a window with a wrong length": (
         lambda: lk.with_grad_accum(2)(classifier)(make_state(), lk.Window([BATCH], 2)), D, "1 in it", "length says",
     ),
+    "windows as the data of a run": (
+        lambda: next(lk.run(lk.with_grad_accum(2)(classifier), make_state(), lk.windows([BATCH] * 4, 2))),
+        D, "windows, for a step", "run(step, state, data)",
+    ),
     "windows of nothing": (lambda: lk.windows([], 0), U, "n = 0", "n >= 1"),
     "a loss that is no scalar": (lambda: call(step_of(lambda x: x)), R, "(5, 3)", "loss.mean()"),
     "a loss without a gradient": (
