@@ -1,7 +1,5 @@
 """Running modules in evaluation mode, and leaving each as it was."""
 
-import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loopkit.position import generators_of
+from loopkit.rng import rng_state, set_rng_state
 from loopkit.state import TrainState
 
 
@@ -42,18 +42,11 @@ def untouched_rng(device: torch.device, loaders: Iterable[Any] = ()) -> Iterator
         device: Whose generator is kept, beside the CPU's.
         loaders: Data whose own generators are kept; training may share one.
     """
-    devices = [] if device.type in {"cpu", "meta"} else [device]
-    found = [getattr(loader, "generator", None) for loader in loaders]
-    own = [generator for generator in found if isinstance(generator, torch.Generator)]
-    states, python = [generator.get_state() for generator in own], random.getstate()
-    numpy = sys.modules.get("numpy")
-    of_numpy = numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(of_numpy)
-            for generator, state in zip(own, states, strict=True):
-                generator.set_state(state)
+    generators = [(g, g.get_state()) for loader in loaders for g in generators_of(loader)]
+    before = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(before, device)
+        for generator, state in generators:
+            generator.set_state(state)

@@ -95,17 +95,6 @@ def leaves_of(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
-    """The tensors of `tree`, in order.
-
-    Example:
-        >>> import torch
-        >>> [t.item() for t in tensors_of([torch.tensor(1), {"b": torch.tensor(2)}])]
-        [1, 2]
-    """
-    return (leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor))
-
-
 def batch_size(batch: Any) -> int:
     """Number of samples in a batch: the length of its first tensor or array with a dimension.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_WITHOUT = {"cpu", "meta"}  # devices without a generator of their own
+
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's (if it is imported), torch's and the device's generators.
@@ -23,7 +25,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         numpy = sys.modules["numpy"].random.get_state(legacy=False)
         values = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in numpy["state"].items()}
         states["numpy"] = {**numpy, "state": values}
-    if device.type != "cpu":
+    if device.type not in _WITHOUT:
         states[device.type] = torch.get_device_module(device).get_rng_state(*_index(device))
     return states
 
@@ -40,7 +42,7 @@ def set_rng_state(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if "numpy" in states and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(states["numpy"])
-    if device.type != "cpu" and device.type in states:
+    if device.type not in _WITHOUT and device.type in states:
         module = torch.get_device_module(device)
         module.set_rng_state(states[device.type], *_index(device))
 

@@ -235,8 +235,8 @@ def run(
     Args:
         step: A step, or a plain step function.
         state: What is trained. If it stopped within an epoch of this data, that epoch goes on.
-        data: Any iterable of batches. Data without a length is read one batch ahead, to
-            know where an epoch ends.
+        data: Any iterable of batches. Data without a length is read one batch ahead
+            after each update, to know where an epoch ends.
         max_epochs: Epochs; 2.5 is two and the first half of the third.
         max_steps: Updates.
         max_time: Seconds, a timedelta, "DD:HH:MM:SS" or `{"hours": 2}`, from now on.

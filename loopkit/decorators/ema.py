@@ -52,9 +52,9 @@ class UpdateAverages:
 
 
 def _lerp(averages: list[Tensor], weights: list[Any], share: float, applied: bool | Tensor) -> None:
-    if (
-        isinstance(applied, Tensor) and averages
-    ):  # decided on the device: weigh by it rather than wait for it
+    if not averages:
+        return
+    if isinstance(applied, Tensor):  # decided on the device: weigh by it rather than wait for it
         kinds = {(a.device, a.dtype) for a in averages}
         shares = {(device, dtype): applied.to(device, dtype) * share for device, dtype in kinds}
         torch._foreach_lerp_(averages, weights, [shares[a.device, a.dtype] for a in averages])

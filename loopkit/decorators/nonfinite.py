@@ -38,10 +38,11 @@ class VoteOnFinite:
 
 def _are_finite(gradients: list[Tensor]) -> Tensor:
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    # The largest element: unlike the 2-norm it does not overflow where no gradient did.
-    norms = torch._foreach_norm([g for g in dense if g.numel()], float("inf")) if dense else ()  # noqa: SLF001
-    if not norms:
+    filled = [g for g in dense if g.numel()]
+    if not filled:
         return torch.tensor(True)
+    # The largest element: unlike the 2-norm it does not overflow where no gradient did.
+    norms = torch._foreach_norm(filled, float("inf"))  # noqa: SLF001
     return torch.isfinite(torch.stack([norm.to(norms[0].device).float() for norm in norms])).all()
 
 
@@ -79,8 +80,8 @@ def with_nonfinite(policy: str) -> Decorator:
     A skipped update leaves weights, optimizer, schedule and averages as they were;
     `state.applied` is false. All ranks skip or raise together. Skipping does not wait
     for the device where the optimizer takes `found_inf` (`fused=True`); raising must.
-    Overflows that fp16's loss scale adapts to are skipped under either policy, and an update
-    over nothing (a weight of zero) is neither.
+    Overflows that fp16's loss scale adapts to are skipped under either policy, and so is an
+    update over nothing (a weight of zero), whose loss is no error.
 
     Args:
         policy: `"skip"` or `"raise"`.
