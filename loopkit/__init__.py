@@ -48,10 +48,11 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
-from loopkit.window import MicroBatches, Window, windows
+from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
     from loopkit.checkpoint.checkpointer import Checkpointer, load_best
@@ -133,6 +134,7 @@ __all__ = [
     "Decorator",
     "Forward",
     "GradientsOf",
+    "KeepMicroBatches",
     "LoopkitError",
     "MicroBatches",
     "MissingExtraError",
@@ -146,6 +148,7 @@ __all__ = [
     "StepFunction",
     "TrainState",
     "Transform",
+    "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",

@@ -1,5 +1,6 @@
 """The places of a step, and what stands in each before a feature fills it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +13,16 @@ from loopkit.errors import DataError, UsageError
 from loopkit.nested import batch_size
 from loopkit.output import read_output, shared
 from loopkit.state import TrainState
-from loopkit.types import Around, Backward, Forward, Recompute
+from loopkit.types import (
+    Apply,
+    Around,
+    Backward,
+    Forward,
+    GradientsOf,
+    Recompute,
+    Transform,
+    Verdict,
+)
 from loopkit.window import MicroBatches, Window
 
 # In the order in which an update runs them.
@@ -27,6 +37,7 @@ PLACES = {
     "transform": "changes or measures the gradients",
     "verdict": "gathers the votes to skip",
     "apply": "optimizer.step(), unless skipped",
+    "update": "all from gradients to apply",
     "after": "what follows an update",
 }
 SET_UP = {
@@ -126,6 +137,41 @@ def gather_votes(state: TrainState) -> Tensor | None:
     if not votes:
         return None
     return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
+
+
+@attrs.frozen
+class WholeUpdate:
+    """From the micro-batches to the new weights, in the order of the textbook."""
+
+    gradients: GradientsOf
+    unscale: Transform
+    transform: Transform
+    verdict: Verdict
+    apply: Apply
+
+    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
+        """Update the weights; false where the update was skipped."""
+        self.gradients(state, window)
+        self.unscale(state)  # loss scale and window weight leave the gradients here
+        self.transform(state)  # clip, noise, norms
+        state.verdict = self.verdict(state)
+        return self.apply(state, self.recompute)
+
+    def recompute(self, state: TrainState) -> Tensor:
+        """The gradients of the update once more; returns the loss."""
+        self.gradients(state, state.window)
+        self.unscale(state)
+        self.transform(state)
+        return state.loss
+
+
+COMPOSITE: dict[str, Callable[[Any], Any]] = {
+    "gradients": lambda step: Gradients(step.around, step.forward, step.backward),
+    "update": lambda step: WholeUpdate(
+        step.gradients, step.unscale, step.transform, step.verdict, step.apply
+    ),
+}
+"""The places that are made of others; their owners are made from what stood there."""
 
 
 def apply_update(state: TrainState, recompute: Recompute) -> bool | Tensor:  # noqa: ARG001

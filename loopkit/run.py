@@ -259,7 +259,9 @@ def run(
         (6, [1, 2, 3, 4, 5, 6])
     """
     limits = Limits.of(data, max_epochs, max_steps, max_time, limit_batches)
-    return Run(train_step(step), _checked(state), data, limits)
+    lifted = train_step(step)
+    lifted.set_up(_checked(state))
+    return Run(lifted, state, data, limits)
 
 
 def _checked(state: object) -> TrainState:
