@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+from loopkit.averages import ema_weights
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
 from loopkit.decorators.clip import with_clip, with_clip_value
 from loopkit.decorators.closure import with_closure
-from loopkit.decorators.ema import ema_weights, with_ema
+from loopkit.decorators.ema import with_ema
 from loopkit.decorators.nonfinite import with_nonfinite
 from loopkit.decorators.schedule import with_schedule
+from loopkit.decorators.swa import update_bn, with_swa
 from loopkit.device import device, prefetch, to_device
 from loopkit.errors import (
     CheckpointError,
@@ -181,6 +183,7 @@ __all__ = [
     "seed_everything",
     "to_device",
     "train_step",
+    "update_bn",
     "warmup",
     "windows",
     "with_amp",
@@ -192,6 +195,7 @@ __all__ = [
     "with_grad_accum",
     "with_nonfinite",
     "with_schedule",
+    "with_swa",
     "wrap",
     "wsd",
 ]

@@ -42,12 +42,12 @@ checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
-types modes metrics
+types modes metrics averages
 updates
 state feed
 limits device output
 check outcome window interrupt seed position
-nested plain extras rng
+nested plain extras rng counting
 errors exact
 """.split("\n")[1:-1]
 
