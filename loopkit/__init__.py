@@ -17,7 +17,10 @@ from loopkit.decorators.anomaly import with_anomaly_detection
 from loopkit.decorators.clip import with_clip, with_clip_value
 from loopkit.decorators.closure import with_closure
 from loopkit.decorators.ema import with_ema
+from loopkit.decorators.freeze import with_freeze
+from loopkit.decorators.noise import with_grad_noise, with_neftune
 from loopkit.decorators.nonfinite import with_nonfinite
+from loopkit.decorators.sam import with_sam
 from loopkit.decorators.schedule import with_schedule
 from loopkit.decorators.swa import update_bn, with_swa
 from loopkit.device import device, prefetch, to_device
@@ -192,8 +195,12 @@ __all__ = [
     "with_clip_value",
     "with_closure",
     "with_ema",
+    "with_freeze",
     "with_grad_accum",
+    "with_grad_noise",
+    "with_neftune",
     "with_nonfinite",
+    "with_sam",
     "with_schedule",
     "with_swa",
     "wrap",
