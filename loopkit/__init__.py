@@ -23,6 +23,7 @@ from loopkit.decorators.in_backward import with_optimizer_in_backward
 from loopkit.decorators.microbatch import with_microbatch
 from loopkit.decorators.noise import with_grad_noise, with_neftune
 from loopkit.decorators.nonfinite import with_nonfinite
+from loopkit.decorators.precision import with_precision
 from loopkit.decorators.sam import with_sam
 from loopkit.decorators.schedule import with_schedule
 from loopkit.decorators.swa import update_bn, with_swa
@@ -207,6 +208,7 @@ __all__ = [
     "with_neftune",
     "with_nonfinite",
     "with_optimizer_in_backward",
+    "with_precision",
     "with_sam",
     "with_schedule",
     "with_swa",
