@@ -1,6 +1,7 @@
 """Averaged weights: keeping them, and putting them in the model's place."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -54,10 +55,10 @@ def averaged_of(state: TrainState, *, buffers: bool = False) -> dict[str, Tensor
         state: Whose model.
         buffers: Its buffers, too.
     """
-    named: dict[str, Tensor] = dict(state.model.named_parameters())
+    named: Iterable[tuple[str, Tensor]] = state.model.named_parameters()
     if buffers:
-        named |= dict(state.model.named_buffers())
-    return {n: t for n, t in named.items() if t.is_floating_point() or t.is_complex()}
+        named = itertools.chain(named, state.model.named_buffers())
+    return {name: t for name, t in named if t.is_floating_point() or t.is_complex()}
 
 
 def copies_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

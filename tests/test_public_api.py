@@ -21,6 +21,8 @@ with_nonfinite with_anomaly_detection with_closure seed_everything device to_dev
 Transform Forward Backward create_optimizer configure_optimizer param_groups CombinedOptimizer
 constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd plot_schedule
 Checkpointer CheckpointOptions load_best export load_weights
+with_sam with_swa update_bn with_freeze with_grad_noise with_neftune with_activation_checkpointing
+with_activation_offload with_optimizer_in_backward with_microbatch with_precision
 """.split()
 
 

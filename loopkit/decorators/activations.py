@@ -51,13 +51,21 @@ class ComputedAgain:
 
     block: nn.Module
     save: tuple[str, ...] = ()
+    own: Callable[..., Any] | None = None  # a forward that the block had of its own, if it had
+
+    @classmethod
+    def of(cls, block: nn.Module, save: tuple[str, ...]) -> "ComputedAgain":
+        """For a block, which may have one already."""
+        own = vars(block).get("forward")
+        return cls(block, save, own.own if isinstance(own, cls) else own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
+        forward = self.own or functools.partial(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
-            return type(self.block).forward(self.block, *args, **kwargs)
+            return forward(*args, **kwargs)
         return checkpoint(
-            functools.partial(type(self.block).forward, self.block),
+            forward,
             *args,
             use_reentrant=False,
             context_fn=self._contexts,
@@ -95,7 +103,7 @@ class CheckpointBlocks:
         if not found:
             _refuse(state.model, self.blocks)
         for block in found[:: self.every]:
-            block.forward = ComputedAgain(block, self.save)
+            block.forward = ComputedAgain.of(block, self.save)
 
 
 def _blocks_of(model: nn.Module, blocks: Any) -> list[nn.Module]:

@@ -47,6 +47,8 @@ OTHERS = {
     "fp16": [lk.with_amp("fp16", init_scale=64.0), lk.with_clip(0.5), lk.with_grad_accum(2)],
     "bf16": [lk.with_amp("bf16"), lk.with_ema(0.9)],
     "sam": [lk.with_sam(0.1)],
+    "in backward": [lk.with_optimizer_in_backward()],
+    "micro-batches": [lk.with_microbatch(2), lk.with_freeze("layers.0")],
 }
 POLICIES = [
     lk.with_activation_checkpointing(),
@@ -156,6 +158,24 @@ def test_a_second_state_on_the_same_model_does_not_checkpoint_twice():
         calls.clear()
         step(each, make_batches(1)[0])
         assert len(calls) == 2 * 4
+
+
+def test_a_forward_that_a_block_had_of_its_own_is_called():
+    """What others have put on a module, as adapters do, is computed again, not lost."""
+    state, calls = make_deep(), []
+    block = state.model.layers[0]
+    own = block.forward
+
+    def doubled(*args, **kwargs):
+        calls.append(1)
+        return 2 * own(*args, **kwargs)
+
+    block.forward = doubled
+    step = lk.with_activation_checkpointing()(classifier)
+    for each in (state, lk.TrainState(state.model, state.optimizer)):
+        calls.clear()
+        step(each, make_batches(1)[0])
+        assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
