@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -136,9 +136,9 @@ def moved(data: object, position: Position, batch: int) -> int:
     if not batch or _same(order, position):
         return batch
     if order.counts != position.counts or order.counts == "share":
-        raise _elsewhere(order, position, batch)
+        _refuse(order, position, batch)
     if order.counts == "batches" and order.size != position.size:
-        raise _elsewhere(order, position, batch)
+        _refuse(order, position, batch)
     taken = position.taken(batch)
     whole, left = order.rounds_after(0), order.rounds_after(taken)
     position.at = taken // order.share.world if whole is None or left is None else whole - left
@@ -152,14 +152,14 @@ def _same(order: Order, position: Position) -> bool:
     )  # fmt: skip
 
 
-def _elsewhere(order: Order, position: Position, batch: int) -> DataError:
+def _refuse(order: Order, position: Position, batch: int) -> NoReturn:
     def described(size: int | None, counts: str, world: int) -> str:
         of = "a size that is not known" if size is None else f"{size} samples"
         return f"of {of} (counted: {counts}, ranks: {world})"
 
     now = described(order.size, order.counts, order.share.world)
     before = described(position.size, position.counts, position.world)
-    return DataError(
+    raise DataError(
         f"going on after batch {batch} of an epoch",
         f"batches {now}, where they were {before}",
         "the batch size, sampler and ranks from before until the epoch is over,"
@@ -209,7 +209,7 @@ def _opened_there(data: Iterable[Any], position: Position, taken: int) -> Iterat
         position = attrs.evolve(position, size=order.size, counts=order.counts)
         position.world = order.share.world
     elif not _same(order, position):
-        raise _elsewhere(order, position, taken)
+        _refuse(order, position, taken)
     if position.loader is not None and hasattr(own, "load_state_dict"):
         own.load_state_dict(position.loader)
         position.loader = None

@@ -1,162 +1,15 @@
 """Sharding: ranks take each batch once between them, in one order, however many they are."""
 
-import collections
+import functools
 import itertools
 import random
 
-import loopkit as lk
-import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopkit.data.order import Filler
-from loopkit.data.shard import sharded
-from loopkit.feed import reading
-from loopkit.limits import known_length
-from loopkit.position import Position, begun, moved, reopened, set_epoch
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader
 
-from feeds import children
-
-POLICIES = ("exact", "drop", "pad")
-
-
-class Shuffled:
-    """A user's batch sampler, which draws from Python's and NumPy's generators on its way."""
-
-    def __init__(self, count, size):
-        self.count, self.size = count, size
-
-    def __len__(self):
-        return -(-self.count // self.size)
-
-    def __iter__(self):
-        order = [*range(self.count)]
-        random.shuffle(order)
-        for start in range(0, self.count, self.size):
-            np.random.rand()
-            batch = order[start : start + self.size]
-            random.shuffle(batch)
-            yield batch
-
-
-class Numbers(IterableDataset):
-    """A stream of numbers; each worker takes its share."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        first, stride = (info.id, info.num_workers) if info else (0, 1)
-        return iter(range(first, self.count, stride))
-
-
-def plain(items):
-    return items
-
-
-LOADERS = {
-    "in order": lambda n, size: DataLoader(range(n), size, collate_fn=plain),
-    "shuffled": lambda n, size: DataLoader(range(n), size, shuffle=True, collate_fn=plain),
-    "its own generator": lambda n, size: DataLoader(
-        range(n), size, shuffle=True, collate_fn=plain, generator=torch.Generator().manual_seed(4)
-    ),
-    "the last one dropped": lambda n, size: DataLoader(
-        range(n), size, shuffle=True, drop_last=True, collate_fn=plain
-    ),
-    "a batch sampler": lambda n, size: DataLoader(
-        range(n), batch_sampler=Shuffled(n, size), collate_fn=plain
-    ),
-    "no batches": lambda n, size: DataLoader(
-        range(n), None, shuffle=True, collate_fn=lambda i: [i]
-    ),
-    "with replacement": lambda n, size: DataLoader(
-        range(n), size, collate_fn=plain, sampler=RandomSampler(range(n), replacement=True)
-    ),
-    "a subset": lambda n, size: DataLoader(
-        range(2 * n), size, collate_fn=plain, sampler=SubsetRandomSampler(range(0, 2 * n, 2))
-    ),
-    "weighted": lambda n, size: DataLoader(
-        range(n), size, collate_fn=plain, sampler=WeightedRandomSampler([1.0] * n, n)
-    ),
-    "a list": lambda n, size: [[*range(i, min(n, i + size))] for i in range(0, n, size)],
-}
-SIZED = st.tuples(
-    st.sampled_from(sorted(LOADERS)), st.integers(1, 30), st.integers(1, 5), st.integers(1, 5)
-)
-
-
-class Ranks:
-    """All ranks of a world in one process, each with random states of its own."""
-
-    def __init__(self, make, world, uneven="exact", **settings):
-        self.world, self.starts, self.states = world, [], []
-        self.parts = [
-            sharded(make(), r, world, uneven, share_start=self.share, **settings)
-            for r in range(world)
-        ]
-        self.positions = [Position() for _ in range(world)]
-
-    def share(self, start):
-        """What a broadcast from rank 0 does; the ranks come in their order."""
-        if len(self.starts) % self.world == 0:
-            self.common = start
-        self.starts.append(start)
-        return self.common
-
-    def begin(self, epoch=0):
-        self.iterators = []
-        for rank, part in enumerate(self.parts):
-            seed_all(100 * epoch + rank)
-            set_epoch(part, epoch)
-            self.positions[rank] = Position.beginning(part)
-            self.iterators.append(begun(part, self.positions[rank]))
-        return self
-
-    def take(self, updates=None):
-        """Batches of each update: those of rank 0, 1, ..."""
-        updates = len(self.parts[0]) if updates is None else updates
-        return [[next(batches, None) for batches in self.iterators] for _ in range(updates)]
-
-    def go_on(self, saved, batch):
-        """Open the rest of the epoch from rank 0's saved position, as after a restore."""
-        self.iterators = []
-        for rank, part in enumerate(self.parts):
-            seed_all(9 + rank)
-            self.positions[rank] = Position(**saved)
-            at = moved(part, self.positions[rank], batch)
-            self.iterators.append(reopened(part, self.positions[rank], at))
-        return at
-
-
-def seed_all(seed):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def alone(make):
-    """The epoch on one process."""
-    seed_all(0)
-    data = make()
-    return [*begun(data, Position.beginning(data))]
-
-
-def real(rounds):
-    return [batch for batches in rounds for batch in batches if type(batch) is not Filler]
-
-
-def samples(batches):
-    return collections.Counter(itertools.chain.from_iterable(batches))
+from ranks import LOADERS, POLICIES, SIZED, DrawsOnItsWay, Ranks, alone, real, samples
 
 
 @settings(deadline=None)
@@ -164,7 +17,7 @@ def samples(batches):
 def test_ranks_take_the_batches_of_one_process_in_their_order(drawn):
     """Rank r has batches r, r + w, ... of the order on one process; fillers come last, and few."""
     kind, count, size, world = drawn
-    make = lambda: LOADERS[kind](count, size)
+    make = functools.partial(LOADERS[kind], count, size)
     whole, ranks = alone(make), Ranks(make, world)
     if whole == []:
         assert [[*part] for part in ranks.parts] == [[] for _ in range(world)]
@@ -194,7 +47,7 @@ def test_all_ranks_have_equally_many_batches_and_say_so(drawn, uneven):
 def test_the_uneven_end_is_dropped_or_padded_from_the_start(drawn):
     """`drop` leaves out the last, incomplete round; `pad` repeats from the epoch's start."""
     kind, count, size, world = drawn
-    make = lambda: LOADERS[kind](count, size)
+    make = functools.partial(LOADERS[kind], count, size)
     whole = alone(make)
     full = len(whole) // world * world
     assert real(Ranks(make, world, "drop").begin().take()) == whole[:full]
@@ -208,7 +61,7 @@ def test_the_uneven_end_is_dropped_or_padded_from_the_start(drawn):
 def test_an_epoch_goes_on_with_the_very_batches(drawn, cut, uneven):
     """Cut after any update, the other updates have the batches that they would have had."""
     kind, count, size, world = drawn
-    make = lambda: LOADERS[kind](count, size)
+    make = functools.partial(LOADERS[kind], count, size)
     whole = Ranks(make, world, uneven).begin().take()
     first = Ranks(make, world, uneven).begin()
     cut = min(cut, len(whole))
@@ -228,7 +81,7 @@ WORLDS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=2, m
 def test_an_epoch_goes_on_with_another_number_of_ranks(drawn, worlds):
     """Two ranks, then one, then four, ...: each sample of the epoch once, and none twice."""
     kind, count, size, _ = drawn
-    make = lambda: LOADERS[kind](count, size)
+    make = functools.partial(LOADERS[kind], count, size)
     seen, saved, batch = [], None, 0
     for number, (world, updates) in enumerate(worlds):
         ranks = Ranks(make, world)
@@ -239,9 +92,9 @@ def test_an_epoch_goes_on_with_another_number_of_ranks(drawn, worlds):
             batch = ranks.go_on(saved, batch)
         left = len(ranks.parts[0]) - batch
         assert left >= 0
-        updates = left if number == len(worlds) - 1 else min(updates, left)
-        seen += real(ranks.take(updates))
-        batch += updates
+        more = left if number == len(worlds) - 1 else min(updates, left)
+        seen += real(ranks.take(more))
+        batch += more
         saved = ranks.positions[0].now(ranks.parts[0])
     assert [next(batches, None) for batches in ranks.iterators] == [None] * world
     assert seen == alone(make)
@@ -265,8 +118,22 @@ def test_an_epoch_goes_on_with_another_batch_size(count, parts):
         else:
             batch = ranks.go_on(saved, batch)
         left = len(ranks.parts[0]) - batch
-        updates = left if number == len(parts) - 1 else min(updates, left)
-        seen += real(ranks.take(updates))
-        batch += updates
+        more = left if number == len(parts) - 1 else min(updates, left)
+        seen += real(ranks.take(more))
+        batch += more
         saved = ranks.positions[0].now(ranks.parts[0])
     assert samples(seen) == dict.fromkeys(range(count), 1)
+
+
+def test_a_sampler_that_draws_on_its_way_has_one_order_on_all_ranks():
+    """The ranks draw the whole order at the beginning, from the first rank's random states."""
+    make = functools.partial(DataLoader, range(20), batch_sampler=DrawsOnItsWay(20, 3))
+    ranks = Ranks(make, 3).begin()
+    first = ranks.take(1)
+    random.seed(77)  # what a model may do
+    rounds = first + ranks.take(2)
+    assert samples(batch.tolist() for batch in real(rounds)) == dict.fromkeys(range(20), 1)
+    saved = ranks.positions[0].now(ranks.parts[0])
+    again = Ranks(make, 2)
+    again.go_on(saved, 2)
+    assert real(again.take(1))[0].tolist() == rounds[2][0].tolist()

@@ -147,15 +147,16 @@ class Agreed(Iterator[Any]):
 
     def __init__(self, part: Own, batches: Iterator[Any], first: list[Any]) -> None:
         self._part, self._batches, self._first = part, batches, first
+        self._repeats: Iterator[Any] = iter(())
 
     def __next__(self) -> Any:
         found = [*itertools.islice(self._batches, 1)]
-        if self._ends(found):
+        if self._all_end(found):
             raise StopIteration
         self._first = self._first or found
         return found[0] if found else self._instead()
 
-    def _ends(self, found: list[Any]) -> bool:
+    def _all_end(self, found: list[Any]) -> bool:
         agree = self._part.agree
         if agree is None:
             return not found
@@ -171,13 +172,15 @@ class Agreed(Iterator[Any]):
             )
         if share.uneven == "exact":
             return Filler(self._first[0])
-        self._shutdown_workers()
-        self._batches = iter(self._part.read)
-        return next(self._batches, self._first[0])
+        for batch in self._repeats:
+            return batch
+        self._repeats = iter(self._part.read)
+        return next(self._repeats, self._first[0])
 
     def _shutdown_workers(self) -> None:
         if not self._part.persistent_workers:
             end_source(self._batches)
+            end_source(self._repeats)
 
 
 class Once(Part, Iterator[Any]):
@@ -252,8 +255,8 @@ def sharded(
     if world == 1:
         return data
     found = _shared_out(data)
-    if found is not None and found != (world, rank):
-        raise _shared_otherwise(found, share)
+    if found is not None:
+        _check_shared(found, share)
     if found is not None or stream == "sharded":
         return _own(data, share, agree)
     kind = _kind(data, share, stream)
@@ -327,9 +330,10 @@ def _shared_out(data: Any) -> tuple[int, int] | None:
     return None
 
 
-def _shared_otherwise(found: tuple[int, int], share: Share) -> DataError:
-    return DataError(
-        f"data that was shared out, on rank {share.rank} of {share.world}",
-        f"the share of rank {found[1]} of {found[0]}",
-        f"num_replicas={share.world}, rank={share.rank}, or a plain loader, which is sharded here",
-    )
+def _check_shared(found: tuple[int, int], share: Share) -> None:
+    if found != (share.world, share.rank):
+        raise DataError(
+            f"data that was shared out, on rank {share.rank} of {share.world}",
+            f"the share of rank {found[1]} of {found[0]}",
+            f"num_replicas={share.world}, rank={share.rank}, or a plain loader: run shards it",
+        )
