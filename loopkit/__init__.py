@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.data.order import Filler
+from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
@@ -132,6 +134,7 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
+    "Filler",
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
@@ -179,6 +182,7 @@ __all__ = [
     "progress",
     "run",
     "seed_everything",
+    "sharded",
     "to_device",
     "train_step",
     "warmup",

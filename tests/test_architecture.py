@@ -27,6 +27,7 @@ optim
 run predict
 observe
 evaluate
+data.shard
 decorators
 compose
 step
@@ -47,7 +48,7 @@ updates
 state feed
 limits device output
 check outcome window interrupt seed position
-nested plain extras rng
+nested plain extras rng data.order data
 errors exact
 """.split("\n")[1:-1]
 

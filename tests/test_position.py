@@ -191,7 +191,7 @@ def test_another_batch_size_within_an_epoch_is_refused():
     state = fresh()
     next(lk.run(step, state, LOADERS["shuffled"]()))
     state, _ = resumed(state, LOADERS["shuffled"])
-    with pytest.raises(lk.DataError, match="batches of 5 samples, where they were of 4"):
+    with pytest.raises(lk.DataError, match=r"batches of 5 samples .*where they were of 4"):
         next(lk.run(step, state, DataLoader(Samples(), 5, shuffle=True)))
     assert state.step == 1
 
