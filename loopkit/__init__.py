@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -31,11 +31,13 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    RankError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -62,6 +64,12 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -104,6 +112,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -121,6 +135,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Backward",
@@ -134,7 +150,6 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
-    "Filler",
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
@@ -143,20 +158,25 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Restored",
     "Run",
     "Split",
     "Step",
     "StepFunction",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
     "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "compose",
     "configure_optimizer",
     "constant",
@@ -164,12 +184,14 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -180,6 +202,7 @@ __all__ = [
     "predict",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
     "sharded",
