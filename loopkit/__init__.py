@@ -29,6 +29,7 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Preempted,
     UsageError,
 )
 from loopkit.evaluate import evaluate
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
@@ -85,6 +87,7 @@ _LATER = {
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
@@ -138,6 +141,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Preempted",
     "Recompute",
     "Restored",
     "Run",
@@ -172,6 +176,7 @@ __all__ = [
     "plot_schedule",
     "polynomial",
     "predict",
+    "preemptible",
     "prefetch",
     "progress",
     "run",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopkit.compose import eval_step
 from loopkit.device import prefetch
-from loopkit.errors import OutputError, UsageError
+from loopkit.errors import OutputError, Preempted, UsageError
 from loopkit.feed import counted, reading
 from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
@@ -85,6 +85,7 @@ def evaluate(
         UsageError: For metrics or limits that cannot be right.
         OutputError: If the step function returns neither a mapping nor a 0-d loss.
         DataError: For empty data.
+        Preempted: In a run that is `preemptible`, if it is asked to stop; its state is saved.
 
     Example:
         >>> state = TrainState(torch.nn.Linear(1, 1))
@@ -102,12 +103,26 @@ def evaluate(
     if not named:
         raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
-    with untouched_rng(state.device, named.values()), eval_modes(state):
-        for name, loader in named.items():
-            outputs = outputs_of(lifted, state, loader, limit_batches, _gradless(inference_mode))
-            found = _measure(outputs, measures, state.device)
-            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    try:
+        with untouched_rng(state.device, named.values()), eval_modes(state):
+            for name, loader in named.items():
+                context = _gradless(inference_mode)
+                outputs = _polled(outputs_of(lifted, state, loader, limit_batches, context), state)
+                found = _measure(outputs, measures, state.device)
+                scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    except Preempted:
+        if state.preemption is not None:
+            state.preemption.save()  # only now are modes and random numbers those of the training
+        raise
     return scores
+
+
+def _polled(outputs: Iterator[Any], state: TrainState) -> Iterator[Any]:
+    """The outputs, until the run that the state is in is asked to stop."""
+    for output in outputs:
+        yield output
+        if state.preemption is not None:
+            state.preemption.poll()
 
 
 def _gradless(inference_mode: bool) -> Context:

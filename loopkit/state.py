@@ -87,6 +87,7 @@ class TrainState:
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
+    preemption: Any = None  # what may ask the run to stop; polled between updates, and in evaluate
     position: Position = attrs.field(factory=Position)  # how that was opened
     ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None

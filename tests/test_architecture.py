@@ -32,6 +32,7 @@ compose
 step
 setup places
 feature
+checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export
 checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer

@@ -159,6 +159,22 @@ class Checkpointer:
         """
         return self._saver.wait()
 
+    def ensure(self, state: TrainState) -> bool:
+        """Have a state on disk when this returns: save it, unless that is done, and wait.
+
+        An earlier save that failed is no reason not to try this one.
+
+        Raises:
+            CheckpointError: If it could not be saved, and `options` do not say to go on.
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.warning("{}", error)
+        if self._saved_step == state.step and not self.failures:
+            return True
+        return self.save(state) and self.wait()
+
     def close(self) -> None:
         """Wait for the last save, and leave the folder to other processes.
 
