@@ -30,6 +30,7 @@ from loopkit.errors import (
     NonFiniteError,
     OutputError,
     Preempted,
+    StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
@@ -148,6 +149,7 @@ __all__ = [
     "Split",
     "Step",
     "StepFunction",
+    "StorageError",
     "TrainState",
     "Transform",
     "UsageError",

@@ -54,6 +54,10 @@ class DamageError(CheckpointError):
     """A checkpoint on disk is not what was written."""
 
 
+class StorageError(CheckpointError, OSError):
+    """An object store did not answer, or refused: not the same as that nothing is there."""
+
+
 class CheckpointWarning(UserWarning):
     """Training goes on, but not from where, or not with the copies, that one would expect."""
 

@@ -37,8 +37,9 @@ checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export
 checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
 checkpoint.difference
-checkpoint.read checkpoint.commit
+checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
+checkpoint.remote
 checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages

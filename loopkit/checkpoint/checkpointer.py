@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +20,7 @@ from loopkit.checkpoint.folder import (
     read_checkpoint,
 )
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving
@@ -58,6 +58,7 @@ class Checkpointer:
 
     Args:
         dir: The folder of the run; made if it is not there. One process at a time saves in it.
+            Or the address of one in an object store, `"s3://bucket/run"` (see `Remote`).
         monitor: Name of the score that says which checkpoint is best.
         mode: `"min"` or `"max"`: whether a low or a high score is good.
         keep_best: How many of the best are kept; counts only with `monitor`.
@@ -83,7 +84,7 @@ class Checkpointer:
         (False, True, Checkpoint(step=0, loss=0.5))
     """
 
-    dir: Path = attrs.field(converter=Path)
+    dir: Place = attrs.field(converter=place_of)
     monitor: str | None = attrs.field(default=None, kw_only=True)
     mode: str = attrs.field(default="min", kw_only=True, validator=_check_mode)
     keep_best: int = attrs.field(default=1, kw_only=True, validator=_check_keep_best)
@@ -212,7 +213,7 @@ class Checkpointer:
 
     # Restoring
 
-    def restore(self, state: TrainState, which: str | Path | Checkpoint = "latest") -> bool:
+    def restore(self, state: TrainState, which: str | Place | Checkpoint = "latest") -> bool:
         """Load a checkpoint into a state: all of it, or, where that cannot be, nothing.
 
         A checkpoint that is damaged is passed over for the next one, with a warning; see
@@ -278,10 +279,10 @@ class Checkpointer:
             )
         return best, found.broken
 
-    def _at(self, which: str | Path | Checkpoint) -> Checkpoint:
+    def _at(self, which: str | Place | Checkpoint) -> Checkpoint:
         if isinstance(which, Checkpoint):
             return which
-        for path in (Path(which), self.dir / which):
+        for path in (place_of(which), self.dir / str(which)):
             if is_folder(path):
                 return read_checkpoint(path)
         raise CheckpointError(

@@ -1,7 +1,6 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
 import warnings
-from pathlib import Path
 
 import attrs
 from loguru import logger
@@ -11,7 +10,9 @@ from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
 from loopkit.checkpoint.messages import SAVE
+from loopkit.checkpoint.objects import ObjectLock, ObjectStore
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
 from loopkit.errors import CheckpointError, CheckpointWarning
@@ -29,12 +30,12 @@ class Saver:
         failures: Saves in a row that could not be written.
     """
 
-    root: Path
+    root: Place
     options: CheckpointOptions
     retention: Retention
     failures: int = 0
     _writer: Writer = attrs.field(factory=Writer)
-    _lock: Lock | None = None
+    _lock: Lock | ObjectLock | None = None
     _buffers: dict[str, Tensor] = attrs.field(factory=dict)
 
     @property
@@ -89,7 +90,7 @@ class Saver:
         if self._lock is not None and self._lock.is_held():
             return
         self._store().make_root()
-        self._lock = Lock(self.root)
+        self._lock = self._store().lock()
         later = [c for c in contents(self.root).intact if c.step > state.step]
         if later and not known:
             raise CheckpointError(
@@ -98,7 +99,9 @@ class Saver:
                 "checkpoints.restore(state) before, to go on with that run; or another folder",
             )
 
-    def _store(self) -> Store:
+    def _store(self) -> Store | ObjectStore:
+        if isinstance(self.root, Remote):
+            return ObjectStore(self.root, self.options.sha256)
         return Store(self.root, self.options.disk, self.options.sha256)
 
     def _write(self, taken: Snapshot) -> None:

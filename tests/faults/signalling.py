@@ -56,7 +56,8 @@ def live(folder, report, rng, begun):
             if state.step == UPDATES:  # from here on a signal may find the loop at its end
                 report.write_text(f"{state.step} {digest_of(state)}")
     finally:
-        report.write_text(f"{state.step} {digest_of(state)}")
+        if state.step < UPDATES:
+            report.write_text(f"{state.step} {digest_of(state)}")
     checkpoints.ensure(state)
     checkpoints.close()
 
