@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_after_a_stop_leaves_no_litter(store):
             checkpoints.restore(state)
             state.step += 1
             checkpoints.save(state, {"loss": 0.6})
-        folders = {path.split("/")[3] for path in store.store}
+        folders = {path.split("/")[-2] for path in store.store}
         assert len(folders) <= 3
         assert all(folder.startswith("step-") for folder in folders), folders
         assert not [path for path in store.store if path.endswith(UNFINISHED)]
