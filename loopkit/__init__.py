@@ -11,6 +11,8 @@ from loguru import logger
 
 from loopkit.averages import ema_weights
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.data.order import Uneven
+from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.activations import with_activation_checkpointing, with_activation_offload
 from loopkit.decorators.amp import with_amp
@@ -38,11 +40,15 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Preempted,
+    RankError,
+    StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -64,11 +70,19 @@ from loopkit.types import (
 from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
-    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.best import load_best
+    from loopkit.checkpoint.checkpointer import Checkpointer
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -91,10 +105,12 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
-    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.checkpointer": ("Checkpointer",),
+    "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
@@ -111,6 +127,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -128,6 +150,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Backward",
@@ -149,20 +173,27 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Preempted",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Restored",
     "Run",
     "Split",
     "Step",
     "StepFunction",
+    "StorageError",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
     "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "compose",
     "configure_optimizer",
     "constant",
@@ -170,12 +201,14 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -184,10 +217,13 @@ __all__ = [
     "plot_schedule",
     "polynomial",
     "predict",
+    "preemptible",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
+    "sharded",
     "to_device",
     "train_step",
     "update_bn",

@@ -70,17 +70,15 @@ def copies_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def move(
-    averages: dict[str, Tensor],
-    named: Mapping[str, Tensor],
-    share: float,
-    applied: bool | Tensor = True,
+    state: TrainState, averages: dict[str, Tensor], named: Mapping[str, Tensor], share: float
 ) -> None:
     """`average <- average + share * (weight - average)`, unless the update was skipped."""
     if not averages:
         return
-    kept = [*averages.values()]
+    kept, applied = state.ranks.local([*averages.values()]), state.applied
     with torch.no_grad():
-        weights: list[Any] = [named[name].to(average.dtype) for name, average in averages.items()]
+        cast = [named[name].to(average.dtype) for name, average in averages.items()]
+        weights: list[Any] = state.ranks.local(cast)
         if isinstance(applied, Tensor):  # decided on the device: weigh by it rather than wait
             kinds = {(a.device, a.dtype) for a in kept}
             shares = {(device, dtype): applied.to(device, dtype) * share for device, dtype in kinds}

@@ -28,7 +28,7 @@ class UpdateAverages:
         averages = state.features[self.name].weights
         named = averaged_of(state, buffers=self.buffers)
         check_names(f"with_ema(..., name={self.name!r})", named, averages)
-        move(averages, named, 1 - self.decay, state.applied)
+        move(state, averages, named, 1 - self.decay)
         self.inner(state)
 
 
@@ -58,7 +58,7 @@ class UpdateNow:
         call = f"with_ema(..., name={self.name!r})"
         check_names(call, named, averages)
         decay = fraction(call, "decay", self.decay(n)) if callable(self.decay) else self.decay
-        move(averages, named, 1 - min(decay, (1 + n) / (self.warmup + n)))
+        move(state, averages, named, 1 - min(decay, (1 + n) / (self.warmup + n)))
 
 
 def _count_of(name: str) -> str:

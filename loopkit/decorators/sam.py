@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loopkit.check import positive
 from loopkit.compose import Decorator, wrap
 from loopkit.modes import scratch_statistics
+from loopkit.norms import total_norm
 from loopkit.state import TrainState
 from loopkit.types import GradientsOf
 from loopkit.window import KeepMicroBatches, MicroBatches
@@ -29,31 +30,29 @@ class GradientsAtTheWorst:
         found = state.outcome, state.output
         if not state.gradients():  # a window over nothing, or a backward pass that went elsewhere
             return
-        parameters: list[Any] = state.parameters_with_grad()
-        own = [p.detach().clone() for p in parameters]
+        held = [*state.parameters_with_grad()]
+        parameters = state.ranks.local([p.detach() for p in held])
+        own = [p.clone() for p in parameters]
         try:
             with torch.no_grad():
-                _climb(parameters, self.rho, self.adaptive)
+                self._climb(state, held, parameters)
             with scratch_statistics(state.model):
                 self.inner(state, window)
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, own)
+            torch._foreach_copy_(parameters, own)
         state.outcome, state.output = found
 
-
-def _climb(parameters: list[Any], rho: float, adaptive: bool) -> None:
-    """`w <- w + rho * g / norm(g)`; where the norm is not finite the weights stay."""
-    slopes: list[Any] = [p.grad for p in parameters]
-    scaled = [g * p.abs() for p, g in zip(parameters, slopes, strict=True)] if adaptive else slopes
-    norm: Any = nn.utils.get_total_norm(scaled)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards on all ranks
-    length = rho / (norm + 1e-12)
-    for parameter, slope in zip(parameters, scaled, strict=True):
-        step: Tensor = slope * parameter.abs() if adaptive else slope
-        # Where it overflowed the next backward pass does again, and amp skips the update
-        there = length.to(step.device)
-        parameter.add_(torch.where(there.isfinite() & (there > 0), step * there, 0))
+    def _climb(self, state: TrainState, held: list[nn.Parameter], parts: list[Tensor]) -> None:
+        """`w <- w + rho * g / norm(g)`; where the norm is not finite the weights stay."""
+        slopes: list[Any] = [p.grad for p in held]
+        if self.adaptive:
+            slopes = [slope * p.abs() for slope, p in zip(slopes, held, strict=True)]
+        length = self.rho / (total_norm(slopes) + 1e-12)
+        for part, slope in zip(parts, state.ranks.local(slopes), strict=True):
+            step = slope * part.abs() if self.adaptive else slope
+            # Where it overflowed the next backward pass does again, and amp skips the update
+            there = length.to(step.device)
+            part.add_(torch.where(there.isfinite() & (there > 0), step * there, 0))
 
 
 def with_sam(rho: float = 0.05, *, adaptive: bool = False) -> Decorator:

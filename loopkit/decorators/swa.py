@@ -44,7 +44,7 @@ class AverageEqually:
             averages.update(copies_of(named))
             return
         check_names(f"with_swa(..., name={self.name!r})", named, averages)
-        move(averages, named, 1 / (n + 1))
+        move(state, averages, named, 1 / (n + 1))
 
 
 def _count_of(name: str) -> str:
