@@ -155,7 +155,8 @@ def with_freeze(schedule: FreezeSchedule, *, train_bn: bool = False) -> Decorato
     thaws a parameter trains on with the optimizer state that it had. What you have frozen
     yourself stays as it is. What is frozen follows from the clock, so resuming is right.
 
-    The optimizer is over all parameters from the start; frozen ones cost it nothing.
+    The optimizer is over all parameters from the start; frozen ones cost it nothing. With
+    DDP it takes `lk.DDP(find_unused_parameters=True)`, for what has no gradient for a while.
 
     Args:
         schedule: Names of modules or parameters, or patterns (`"layers.[0-5]"`), a string or

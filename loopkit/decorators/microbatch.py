@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from loopkit.check import at_least_one
 from loopkit.compose import Decorator, compose, own, wrap
+from loopkit.data.order import Uneven
 from loopkit.errors import UsageError
 from loopkit.nested import batch_size, rows_of
 from loopkit.rng import rng_state, set_rng_state
@@ -25,9 +26,13 @@ MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLO
 
 @attrs.define
 class Samples:
-    """How many samples fit at a time, as far as is known; None for whole batches."""
+    """How many samples there are at most at a time; None for whole batches.
+
+    And how many have been computed at a time in this process.
+    """
 
     most: int | None = None
+    fits: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The size that was found."""
@@ -63,10 +68,25 @@ class CutBatch:
                 "a bare batch; or with_grad_accum for windows",
             )
         most = self.n if isinstance(self.n, int) else state.features[KEPT_AS].most
-        if most is None or batch_size(batch) <= most:
-            return (batch,), 1
-        pieces = [*self.cut(batch, most)]
-        return pieces, len(pieces)
+        return in_pieces([batch], most, self.cut)
+
+
+def in_pieces(batches: Iterable[Any], most: int | None, cut: Cut) -> MicroBatches:
+    """The batches, those cut that have more samples."""
+    pieces: list[Any] = []
+    for batch in batches:
+        if type(batch) is Uneven:  # of a round in which not every rank has a batch of its own
+            parts, _ = in_pieces([batch.batch], most, cut)
+            pieces += [attrs.evolve(batch, batch=part, missing=0) for part in parts]
+        elif most is None or batch_size(batch) <= most:
+            pieces.append(batch)
+        else:
+            pieces += cut(batch, most)
+    return pieces, len(pieces)
+
+
+def _samples(batch: Any) -> int:
+    return batch_size(batch.batch if type(batch) is Uneven else batch)
 
 
 @attrs.frozen
@@ -78,7 +98,8 @@ class WeighBySamples:
     def __call__(self, state: TrainState, batch: Any) -> Output:
         """The step function; its loss gets a weight where there are several pieces."""
         output = self.inner(state, batch)
-        if state.window[1] == 1 or not torch.is_grad_enabled():  # not cut, or evaluated
+        whole = state.window[1] == 1 and state.ranks.size == 1  # other ranks may have cut theirs
+        if whole or not torch.is_grad_enabled():  # that is, evaluated
             return output
         if isinstance(output, Tensor):
             return {"loss": output, "weight": batch_size(batch)}
@@ -93,20 +114,34 @@ class HalveUntilItFits:
 
     inner: GradientsOf
     cut: Cut
-    agree: Callable[[bool], bool]
 
     def __call__(self, state: TrainState, window: MicroBatches) -> None:
         """The gradients of the window, as if it had been cut so from the start."""
-        window = state.window = self._cut(window[0], state.features[KEPT_AS].most)
+        kept = state.features[KEPT_AS]
         rng, statistics = rng_state(state.device), _statistics(state.model)
         while True:
-            failure = self._attempt(state, window)
-            if not self.agree(failure is not None):
-                return
-            window = state.window = self._halved(state, window, failure)
-            set_rng_state(rng, state.device)
-            for buffer, value in statistics:
-                buffer.copy_(value)
+            window = state.window = in_pieces(window[0], kept.most, self.cut)
+            largest = max(window[0], key=_samples)
+            # Ranks that talk in the backward pass cannot begin anew: they try a piece before
+            probed = not state.ranks.alone and state.ranks.agree(_samples(largest) > kept.fits)
+            failure = self._probe(state, largest) if probed else self._attempt(state, window)
+            if probed and state.ranks.agree(failure is not None):
+                self._halve(state, state.ranks.agree(_samples(largest)), failure)
+            elif failure is None:
+                kept.fits = max(kept.fits, _samples(largest))
+                if not probed:
+                    return
+            elif state.ranks.alone:
+                self._halve(state, _samples(largest), failure)
+            else:
+                raise _explained(failure, "pieces of this size fitted before; other ranks wait")
+            _begin_anew(state, rng, statistics)
+
+    def _probe(self, state: TrainState, piece: Any) -> Exception | None:
+        """The largest piece alone: nothing that ranks do together, lest one waits for another."""
+        state.window = (piece,), 1
+        with state.ranks.unsynced():
+            return self._attempt(state, state.window)
 
     def _attempt(self, state: TrainState, window: MicroBatches) -> Exception | None:
         try:
@@ -119,23 +154,25 @@ class HalveUntilItFits:
             return error.with_traceback(None)  # whose frames hold the activations
         return None
 
-    def _halved(
-        self, state: TrainState, window: MicroBatches, failure: Exception | None
-    ) -> MicroBatches:
-        before = max(map(batch_size, window[0]))
+    def _halve(self, state: TrainState, before: int, failure: Exception | None) -> None:
         if before <= 1 and failure is not None:
-            failure.add_note('with_microbatch("auto"): one sample at a time does not fit either')
-            raise failure
-        most = state.features[KEPT_AS].most = -(-before // 2)
+            raise _explained(failure, "one sample at a time does not fit either")
+        most = state.features[KEPT_AS].most = max(1, -(-before // 2))
         logger.info("out of memory with {} samples at a time; going on with {}", before, most)
-        _free(state)
-        return self._cut(window[0], most)
 
-    def _cut(self, pieces: Iterable[Any], most: int | None) -> MicroBatches:
-        kept = [*pieces]
-        if most is not None and max(map(batch_size, kept)) > most:
-            kept = [part for piece in kept for part in self.cut(piece, most)]
-        return kept, len(kept)
+
+def _explained(failure: Any, why: str) -> Exception:
+    failure.add_note(f'with_microbatch("auto"): {why}')
+    return failure  # type: ignore[no-any-return]
+
+
+def _begin_anew(
+    state: TrainState, rng: dict[str, Any], statistics: list[tuple[Tensor, Tensor]]
+) -> None:
+    _free(state)
+    set_rng_state(rng, state.device)
+    for buffer, value in statistics:
+        buffer.copy_(value)
 
 
 def _free(state: TrainState) -> None:
@@ -155,9 +192,7 @@ def _make_samples(state: TrainState) -> Samples:  # noqa: ARG001
     return Samples()
 
 
-def with_microbatch(
-    n: int | str, *, cut: Cut = cut_rows, agree: Callable[[bool], bool] = bool
-) -> Decorator:
+def with_microbatch(n: int | str, *, cut: Cut = cut_rows) -> Decorator:
     """Compute a batch in micro-batches of at most `n` samples, with the gradient of the whole.
 
     Each piece counts by its samples, or by the `"weight"` that the step function returns, so
@@ -167,12 +202,14 @@ def with_microbatch(
 
     What mixes samples of a batch (BatchNorm, contrastive losses) sees the pieces.
 
+    Several ranks agree on each attempt: before pieces of a size are computed together for the
+    first time, each rank tries one by itself (and waits for the others, each update). That is
+    for replicas (DDP): what shards the weights talks in each forward already.
+
     Args:
         n: Samples of a micro-batch, or `"auto"`.
         cut: `(batch, n) -> pieces` of at most n samples, for batches whose tensors do not have
             the samples in their first dimension.
-        agree: With several ranks: takes whether memory ran out here, returns whether it did on
-            any. It is called once after each attempt.
 
     Raises:
         UsageError: If n is neither, or for a `Window` in place of a batch.
@@ -185,14 +222,13 @@ def with_microbatch(
 
     Source: https://docs.mosaicml.com/projects/composer/en/stable/trainer/auto_microbatching.html
     """
-    settings = ", cut=..." * (cut is not cut_rows) + ", agree=..." * (agree is not bool)
-    name = f"with_microbatch({n!r}{settings})"
+    name = f"with_microbatch({n!r}{', cut=...' * (cut is not cut_rows)})"
     if n != "auto":
         if isinstance(n, str):
             raise UsageError(name, f"n = {n!r}", 'a number of samples, or "auto"')
         at_least_one(name, "n", n)
     layers: dict[str, Any] = {"forward": WeighBySamples}
     if n == "auto":
-        layers["gradients"] = functools.partial(HalveUntilItFits, cut=cut, agree=agree)
+        layers["gradients"] = functools.partial(HalveUntilItFits, cut=cut)
         layers["init"] = {KEPT_AS: _make_samples}
     return compose(own(name=name, split=CutBatch(n, cut)), wrap(name=name, **layers))

@@ -99,7 +99,8 @@ def update_bn(
     Running statistics are those of the weights that were trained, not of their average.
     This runs the forward with the averages in place, and keeps the mean of the batches'
     statistics with them: from now on `ema_weights(state, name)` swaps both in. The model
-    and the random numbers stay as they were. BatchNorms in eval mode keep their own.
+    and the random numbers stay as they were. BatchNorms in eval mode keep their own. With
+    several ranks each reads all of the data, and finds the same.
 
     Args:
         step: What calls the model; only its forward runs, without gradients.

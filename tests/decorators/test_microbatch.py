@@ -160,23 +160,6 @@ def test_other_errors_come_through():
     assert len(seen) == 1
 
 
-def test_ranks_agree_through_one_hook():
-    """Where another rank ran out of memory this one halves as well, and begins anew."""
-    answers, asked, seen = [True, True, False], [], []
-
-    def agree(failed):
-        asked.append(failed)
-        return answers[len(asked) - 1]
-
-    found, known = make_state("conv"), make_state("conv")
-    batch = make_batches(1, size=8)[0]
-    lk.with_microbatch("auto", agree=agree)(limited(4, seen))(found, batch)
-    lk.with_microbatch(2)(classifier)(known, batch)
-    assert asked == [True, False, False]
-    assert seen == [8, 4, 4, 2, 2, 2, 2]
-    assert_bitwise_equal(found.model.state_dict(), known.model.state_dict())
-
-
 def test_layers_run_for_each_piece_and_sam_reads_them_twice():
     """With SAM, both passes are over the pieces, found by "auto" or known."""
     found, known, seen = make_state(), make_state(), []
