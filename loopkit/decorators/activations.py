@@ -64,21 +64,27 @@ class ComputedAgain:
         forward = self.own or functools.partial(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            context_fn=self._contexts,
-            **kwargs,
-        )
+        # A compiler computes again as it sees fit: it knows what is mutated, and wants a plain
+        # function (torch/_dynamo/variables/higher_order_ops.py).
+        if torch.compiler.is_compiling():
+            contexts: Any = functools.partial(_selective, self.save) if self.save else None
+        else:
+            contexts = functools.partial(_contexts, self.block, self.save)
+        settings = {} if contexts is None else {"context_fn": contexts}
+        return checkpoint(forward, *args, use_reentrant=False, **settings, **kwargs)
 
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For the first pass, and for the second, which must not count for running statistics."""
-        first, again = (nullcontext(), nullcontext())
-        if self.save:
-            kept = _operators(self.save)
-            first, again = create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
-        return first, _second_pass(again, self.block)
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def _selective(save: tuple[str, ...]) -> Contexts:
+    return create_selective_checkpoint_contexts(_operators(save))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _contexts(block: nn.Module, save: tuple[str, ...]) -> Contexts:
+    """For the first pass, and for the second, which must not count for running statistics."""
+    first, again = _selective(save) if save else (nullcontext(), nullcontext())
+    return first, _second_pass(again, block)
 
 
 @contextmanager

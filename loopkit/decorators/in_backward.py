@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from loopkit.compose import Decorator, own
-from loopkit.errors import CompositionError
+from loopkit.errors import CompositionError, OutputError
 from loopkit.state import TrainState
 from loopkit.types import Recompute
 from loopkit.window import MicroBatches
@@ -80,6 +80,12 @@ class GradientsThatUpdate:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not step.stepped and not state.votes:  # no vote to skip: it is no mean over nothing
+            raise OutputError(
+                "the loss of a step with with_optimizer_in_backward()",
+                f"no gradient for any of the {len(owners)} parameters of {state!r}",
+                "a loss computed with state.model, not with another copy of the model",
+            )
         return bool(step.stepped)
 
 
@@ -114,8 +120,8 @@ def with_optimizer_in_backward() -> Decorator:
     weights') is saved. The numbers are those of the plain step, bit for bit; the optimizer,
     its `state_dict`, schedules and averages are the usual ones. As gradients never exist
     together, nothing can read them all: with clipping, gradient accumulation, fp16's loss
-    scale, SAM, `distributed` or skipping non-finite updates it is an error. An error in the backward pass
-    leaves the model partly updated.
+    scale, SAM, `distributed` or skipping non-finite updates it is an error. An error in the
+    backward pass leaves the model partly updated.
 
     Raises:
         CompositionError: Beside what needs all gradients; for an optimizer that keeps values

@@ -48,7 +48,7 @@ OTHERS = {
     "bf16": [lk.with_amp("bf16"), lk.with_ema(0.9)],
     "sam": [lk.with_sam(0.1)],
     "in backward": [lk.with_optimizer_in_backward()],
-    "micro-batches": [lk.with_microbatch(2), lk.with_freeze("layers.0")],
+    "micro-batches": [lk.with_microbatch(3), lk.with_freeze("layers.0")],
 }
 POLICIES = [
     lk.with_activation_checkpointing(),
@@ -72,6 +72,25 @@ def test_all_is_bitwise_equal_to_plain_training(policy, others):
         torch.manual_seed(2)
         [*lk.run(step, state, make_batches(5), max_epochs=2)]
     assert_bitwise_equal(states[0].state_dict(), states[1].state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", [None, "matmuls"])
+def test_a_compiled_model_is_checkpointed_too(save):
+    """Compiled, the weights and running statistics are those of plain training."""
+    states = [make_deep(), make_deep()]
+    for state, decorator in zip(
+        states, (lk.with_activation_checkpointing(save=save), lk.with_clip(1e9)), strict=True
+    ):
+        for layer in state.model.layers:
+            layer.drop.p = 0.0  # a compiled dropout draws in another way
+        step = decorator(lk.with_clip(1e9)(classifier) if state is states[0] else classifier)
+        step.set_up(state)
+        state.model.compile(backend="aot_eager")
+        for batch in make_batches(3):
+            step(state, batch)
+    for name, value in states[0].model.state_dict().items():
+        torch.testing.assert_close(value, states[1].model.state_dict()[name])
 
 
 def saved_bytes(decorator):

@@ -171,3 +171,11 @@ def test_optimizers_whose_parameters_depend_on_each_other_are_refused():
     for state in (lbfgs, lk.TrainState(free.model, schedule_free)):
         with pytest.raises(lk.CompositionError, match="parameters are independent"):
             lk.with_optimizer_in_backward()(classifier)(state, make_batches(1)[0])
+
+
+def test_a_loss_that_reaches_no_parameter_is_an_error():
+    """A loss of another copy of the model is told, as in a plain step."""
+    state, other = make_state(), make_state()
+    step = lk.with_optimizer_in_backward()(lambda s, b: classifier(other, b))
+    with pytest.raises(lk.OutputError, match="no gradient for any of the 4 parameters"):
+        step(state, make_batches(1)[0])
