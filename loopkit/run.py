@@ -68,7 +68,8 @@ class Loop:
                     for batch in self._feed(batches):
                         interrupt.busy = True
                         step(state, batch)
-                        state.batch += (batch.length or 1) if type(batch) is Window else 1
+                        state.taken = (batch.length or 1) if type(batch) is Window else 1
+                        state.batch += state.taken
                         state.epoch_end = state.batch == self._end
                         interrupt.busy = False
                         if interrupt.pending:
@@ -91,7 +92,7 @@ class Loop:
         elif state.data is None:
             take_up(self.data, state.position)
         self._roll_over()
-        state.data = self.data
+        state.data, state.epoch_batches = self.data, self.limits.batches
         self._begun_at, self._dried_up = state.epoch, False
 
     def _open(self, data: Iterable[Any]) -> Iterator[Any]:
