@@ -32,12 +32,14 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.every import every
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
 from loopkit.step import Step
+from loopkit.stop import EarlyStopping
 from loopkit.types import (
     Apply,
     Around,
@@ -131,6 +133,7 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
+    "EarlyStopping",
     "Forward",
     "GradientsOf",
     "LoopkitError",
@@ -161,6 +164,7 @@ __all__ = [
     "ema_weights",
     "eval_step",
     "evaluate",
+    "every",
     "explain",
     "export",
     "inverse_sqrt",

@@ -19,6 +19,9 @@ LAYERS = """
 loopkit
 testing
 checking
+debug
+debug.check debug.rehearse debug.rates debug.memory debug.overflow
+debug.findings debug.fork debug.samples
 optim.configure
 optim.create
 optim.combined optim.groups optim.plot optim.phases
@@ -34,7 +37,7 @@ setup places
 feature
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export
-checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
+checkpoint.snapshot checkpoint.restore checkpoint.writer
 checkpoint.difference
 checkpoint.read checkpoint.commit
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
@@ -43,7 +46,7 @@ checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
 types modes metrics
-updates
+updates every stop
 state feed
 limits device output
 check outcome window interrupt seed position

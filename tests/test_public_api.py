@@ -20,7 +20,7 @@ windows with_amp with_grad_accum with_clip with_clip_value with_schedule with_em
 with_nonfinite with_anomaly_detection with_closure seed_everything device to_device prefetch
 Transform Forward Backward create_optimizer configure_optimizer param_groups CombinedOptimizer
 constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd plot_schedule
-Checkpointer CheckpointOptions load_best export load_weights
+Checkpointer CheckpointOptions load_best export load_weights EarlyStopping every
 """.split()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable
 
-from loopkit.checkpoint.every import Every
+from loopkit.every import Every
 from loopkit.state import TrainState
 from loopkit.updates import Updates
 
@@ -47,7 +47,7 @@ def _saved(
     last = None
     for last in run:
         yield last
-        if every.is_due(last):  # after the loop's body, which belongs to the update
+        if every(last):  # after the loop's body, which belongs to the update
             save(last)
     if last is not None:
         save(last)

@@ -1,14 +1,11 @@
 """What users call, and what they are told."""
 
-import datetime
-import itertools
 import math
 import re
 
 import loopkit as lk
 import pytest
 import torch
-from loopkit.checkpoint.every import Every
 from torch import nn
 
 from trainings import STEPS, digest, digest_of, make_batches, make_state, restored, train
@@ -157,17 +154,6 @@ def test_a_break_ends_the_wrapped_run(tmp_path):
     assert checkpoints.latest.step == 4
     assert lk.Checkpointer(tmp_path).restore(state)
     assert state.step == 4
-
-
-def test_times_between_saves(monkeypatch):
-    """Seconds, minutes, hours and timedeltas; the clock starts with the run."""
-    assert Every.of("90s").seconds == 90
-    assert Every.of("1.5h").seconds == 5400
-    assert Every.of(datetime.timedelta(minutes=2)).seconds == 120
-    now = itertools.count(4, 4)
-    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
-    every = Every(seconds=10, since=0.0)
-    assert [every.is_due(make_state()) for _ in range(7)] == [False, False, True] * 2 + [False]
 
 
 def test_sha256_is_written_and_checked(tmp_path):
