@@ -61,6 +61,10 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.debug.memory import find_batch_size
+    from loopkit.debug.overflow import detect_overflow
+    from loopkit.debug.rates import LrCurve, find_lr
+    from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -88,6 +92,10 @@ _LATER = {
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.debug.memory": ("find_batch_size",),
+    "loopkit.debug.overflow": ("detect_overflow",),
+    "loopkit.debug.rates": ("LrCurve", "find_lr"),
+    "loopkit.debug.rehearse": ("Rehearsal", "fast_dev_run", "overfit", "sanity_check"),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -107,6 +115,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "debug":
+        return importlib.import_module("loopkit.debug")
     for module, names in _LATER.items():
         if name in names:
             value = globals()[name] = getattr(importlib.import_module(module), name)
@@ -137,11 +147,13 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "LoopkitError",
+    "LrCurve",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Recompute",
+    "Rehearsal",
     "Restored",
     "Run",
     "Split",
@@ -160,6 +172,7 @@ __all__ = [
     "cosine",
     "cosine_with_restarts",
     "create_optimizer",
+    "detect_overflow",
     "device",
     "ema_weights",
     "eval_step",
@@ -167,10 +180,14 @@ __all__ = [
     "every",
     "explain",
     "export",
+    "fast_dev_run",
+    "find_batch_size",
+    "find_lr",
     "inverse_sqrt",
     "linear",
     "load_best",
     "load_weights",
+    "overfit",
     "own",
     "param_groups",
     "plot_schedule",
@@ -179,6 +196,7 @@ __all__ = [
     "prefetch",
     "progress",
     "run",
+    "sanity_check",
     "seed_everything",
     "to_device",
     "train_step",

@@ -65,7 +65,7 @@ def test_a_resumed_run_is_answered_as_the_whole(interval, cut, accumulate):
 )  # fmt: skip
 def test_parts_of_epochs_are_counted_exactly(numerator, denominator, size, batches):
     """With windows of any size, it is time at the first update at or after each multiple."""
-    interval = Fraction(numerator, denominator).limit_denominator(8)
+    interval = Fraction(numerator, denominator).limit_denominator(8) or Fraction(1, 8)
     text = f"{float(interval)!r}ep"
     exact, length = Fraction(repr(float(interval))), batches
     step, state = lk.with_grad_accum(size)(classifier), make_state()

@@ -1,0 +1,77 @@
+"""Trying a step out on a copy, so that the state, the data and the random numbers stay."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from loopkit.compose import train_step
+from loopkit.errors import DataError, UsageError
+from loopkit.modes import untouched_rng
+from loopkit.plain import is_stateful
+from loopkit.position import Position
+from loopkit.state import TrainState
+from loopkit.step import Step
+from loopkit.types import StepFunction
+
+
+def fork(step: Step | StepFunction, state: TrainState) -> tuple[Step, TrainState]:
+    """A step and a state to try out: training the one with the other leaves both originals.
+
+    The step is copied, too, for it may hold a scheduler over the state's optimizer.
+
+    Raises:
+        UsageError: If the state is none.
+    """
+    lifted = train_step(step)
+    _check_state(state)
+    branch = state.snapshot()
+    memo: dict[int, Any] = {id(state.optimizer): branch.optimizer, id(state.model): branch.model}
+    features, branch.set_up = copy.deepcopy((lifted.features, branch.set_up), memo)
+    for copied in [*memo.values(), *branch.features.values()]:
+        if isinstance(copied, LRScheduler):  # lest it warns that the optimizer is not the one
+            copied._step_count = max(2, copied._step_count)  # noqa: SLF001  whose steps it counts
+    branch.data, branch.position, branch.batch, branch.ahead = None, Position(), 0, None
+    branch.epoch += branch.epoch_end
+    branch.epoch_end, branch.checkpoints = False, None
+    return Step(lifted.function, features), branch
+
+
+@contextmanager
+def on_the_side(call: str, state: TrainState, *loaders: Any) -> Iterator[None]:
+    """Read from loaders, and leave them and the random numbers as they were.
+
+    Args:
+        call: What the user wrote, for an error.
+        state: Whose device's random numbers stay, too.
+        *loaders: Data that can be iterated over anew; None is none.
+
+    Raises:
+        UsageError: If the state is none.
+        DataError: For an iterator, which would lose what is read from it.
+    """
+    _check_state(state)
+    given = [loader for loader in loaders if loader is not None]
+    for loader in given:
+        if isinstance(loader, Iterator):
+            raise DataError(
+                call,
+                f"an iterator ({type(loader).__name__}), which would lose the batches it gives",
+                "data that can be iterated over anew: a list, or a loader",
+            )
+    positions = [(loader, loader.state_dict()) for loader in given if is_stateful(loader)]
+    with untouched_rng(state.device, given):
+        yield
+    for loader, position in positions:
+        loader.load_state_dict(position)
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, TrainState):
+        raise UsageError(
+            "a trial of a step on a state",
+            f"a {type(state).__name__} as the state",
+            "lk.TrainState(model, optimizer) second, after the step",
+        )
