@@ -21,7 +21,8 @@ testing
 checking
 debug
 debug.check debug.rehearse debug.rates debug.memory debug.overflow
-debug.findings debug.fork debug.samples
+debug.fork debug.samples
+debug.findings
 optim.configure
 optim.create
 optim.combined optim.groups optim.plot optim.phases

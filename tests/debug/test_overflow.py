@@ -59,7 +59,9 @@ def test_the_first_module_that_makes_it_is_named(at, factor, value):
     """Wherever it stands, that module is named with what it was given, and none after it."""
     error = found_in(net(at, Blow(forward=factor)))
     assert error.found.startswith(f"the first {value} in the output of {NAMES[at]} (Blow, float32)")
-    assert f"{(value == 'NaN' and 'nan') or 'inf'}" in error.found.split(";")[0].split("|output|")[1]
+    assert (
+        f"{(value == 'NaN' and 'nan') or 'inf'}" in error.found.split(";")[0].split("|output|")[1]
+    )
     assert not any(f"\n    {name} " in error.found for name in NAMES[at + 1 :])
 
 

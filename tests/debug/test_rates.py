@@ -47,7 +47,7 @@ def test_the_suggestion_trains_where_the_end_is_known(n):
     assert curve.diverged
     assert curve.lrs[-1] < 10
     state.optimizer.param_groups[0]["lr"] = curve.suggestion
-    for state in lk.run(step, state, [torch.ones(1, 1)], max_steps=300):
+    for _ in lk.run(step, state, [torch.ones(1, 1)], max_steps=300):
         pass
     assert state.loss < 0.01
 
