@@ -124,7 +124,7 @@ class Trial:
             if not is_out_of_memory(error):
                 raise
             ran_out = True  # free below, when the traceback holds no tensors any more
-        _free(self.state)
+        _free(self.state, ran_out)
         return not ran_out
 
     def _update(self, size: int) -> None:
@@ -156,11 +156,12 @@ def _search(call: str, trial: Trial, start: int, most: int) -> int:
     return fits
 
 
-def _free(state: TrainState) -> None:
+def _free(state: TrainState, ran_out: bool) -> None:
     state.graph, state.window, state.output = None, ((), 0), None
     for parameter in state.model.parameters():
         parameter.grad = None
-    gc.collect()
+    if ran_out:
+        gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
