@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.data.order import Uneven
+from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
@@ -29,12 +31,14 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    RankError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.every import every
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -50,10 +54,11 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
-from loopkit.window import MicroBatches, Window, windows
+from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
     from loopkit.checkpoint.checkpointer import Checkpointer, load_best
@@ -65,6 +70,12 @@ if TYPE_CHECKING:
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
     from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -111,6 +122,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -130,6 +147,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Backward",
@@ -146,12 +165,15 @@ __all__ = [
     "EarlyStopping",
     "Forward",
     "GradientsOf",
+    "KeepMicroBatches",
     "LoopkitError",
     "LrCurve",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Rehearsal",
     "Restored",
@@ -159,13 +181,17 @@ __all__ = [
     "Split",
     "Step",
     "StepFunction",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
+    "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "compose",
     "configure_optimizer",
     "constant",
@@ -174,6 +200,7 @@ __all__ = [
     "create_optimizer",
     "detect_overflow",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
@@ -184,6 +211,7 @@ __all__ = [
     "find_batch_size",
     "find_lr",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -195,9 +223,11 @@ __all__ = [
     "predict",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "sanity_check",
     "seed_everything",
+    "sharded",
     "to_device",
     "train_step",
     "warmup",

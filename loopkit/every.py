@@ -72,7 +72,7 @@ class Every:
             return self._passed(state.samples - state.outcome.samples, state.samples)
         if self.unit == "epoch":
             return self._epoch(state)
-        return self._time()
+        return self._time(state)
 
     def _passed(self, before: int | Fraction, now: int | Fraction) -> bool:
         """Whether a multiple of the interval lies in (before, now]."""
@@ -92,9 +92,9 @@ class Every:
         now = state.epoch + Fraction(state.batch, length)
         return self._passed(now - Fraction(state.taken, length), now)
 
-    def _time(self) -> bool:
+    def _time(self, state: TrainState) -> bool:
         now = time.monotonic()
-        due = now - self._since >= self.count
+        due = state.ranks.agree(now - self._since >= self.count)
         self._since = now if due else self._since
         return due
 
@@ -109,13 +109,13 @@ def every(interval: Interval, *, first: bool = False) -> Every:
     `if due(state): ...`. Updates, epochs and samples are read off the state's clock, by no
     memory of its own: `floor(clock / interval) > floor(clock before this update / interval)`.
     So asking twice gives one answer, one `every` serves any number of states, and a
-    resumed run is answered as the first would have been. Time is told by this process
-    alone: it counts from when `every` was called and from when it was last true, so that
-    a resumed run counts anew, and two ranks may differ; use it for what they need not agree on.
+    resumed run is answered as the first would have been. Time is no such function: it counts
+    from when `every` was called, then from when it was last true, so that a resumed run
+    counts anew. Several ranks agree on it in a small exchange, so all of them have to ask.
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)
-            or in parts (`"0.25ep"`, of data with a length); `"1e6 samples"`; or time: `"30s"`,
+            or in parts (`"0.25ep"`, of data with a length); `"1e6 samples"` of this rank; or time: `"30s"`,
             `"10min"`, `"2h"`, a timedelta.
         first: Also true after the very first update.
 

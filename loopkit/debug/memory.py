@@ -16,7 +16,6 @@ from loopkit.device import to_device
 from loopkit.errors import DataError, UsageError
 from loopkit.modes import untouched_rng
 from loopkit.nested import batch_size, map_tensors
-from loopkit.setup import set_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -90,7 +89,7 @@ def find_batch_size(
     if start > most:
         raise UsageError(call, f"start = {start} above most = {most}", "start: at most `most`")
     lifted = train_step(step)
-    set_up(lifted.features, lifted, state)
+    lifted.set_up(state)
     trial = Trial(call, lifted, state, make_batch, updates)
     with untouched_rng(state.device), put_back(state):
         return _search(call, trial, start, most)
