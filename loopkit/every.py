@@ -115,8 +115,8 @@ def every(interval: Interval, *, first: bool = False) -> Every:
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)
-            or in parts (`"0.25ep"`, of data with a length); `"1e6 samples"` of this rank; or time: `"30s"`,
-            `"10min"`, `"2h"`, a timedelta.
+            or in parts (`"0.25ep"`, of data with a length); samples of this rank
+            (`"1e6 samples"`); or time: `"30s"`, `"10min"`, `"2h"`, a timedelta.
         first: Also true after the very first update.
 
     Raises:

@@ -31,7 +31,7 @@ def machine(room, tried=None, error=torch.OutOfMemoryError):
     return step
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(room=st.integers(1, 600), start=st.integers(1, 40), most=st.integers(1, 500))
 def test_it_is_the_largest_that_fits(room, start, most):
     """For any room, start and limit; where not even the start fits it is an error."""
