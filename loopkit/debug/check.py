@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loopkit.check import at_least_one
 from loopkit.debug.findings import Finding, look, note, ok, wrong
-from loopkit.debug.fork import fork, on_the_side
+from loopkit.debug.fork import fork, loss_of, on_the_side
 from loopkit.debug.samples import check_mixing, classes_of, probe
 from loopkit.device import to_device
 from loopkit.nested import batch_size, leaves_of
@@ -151,7 +151,7 @@ def _try(step: Step, state: TrainState, batch: Any, updates: int) -> Trial:
     windowed = step.window(state) is not None
 
     def update() -> float:
-        return float(step(state, Window([batch]) if windowed else batch).loss)
+        return loss_of(step(state, Window([batch]) if windowed else batch))
 
     losses = [update()]
     gradients = {n: None if p.grad is None else p.grad.clone() for n, p in trainable.items()}
@@ -177,7 +177,7 @@ def _inputs(batch: Any, device: torch.device, samples: int) -> list[Finding]:
     if not tensors:
         return [note("inputs", "no tensors in the batch to look at")]
     away = sorted({str(t.device) for t in tensors} - {str(device)})
-    placed = ok("device", f"{len(tensors)} tensors on {device}, where the model is")
+    placed = ok("device", f"{_tensors(tensors)} on {device}, where the model is")
     if away:
         placed = look(
             "device",
@@ -185,6 +185,10 @@ def _inputs(batch: Any, device: torch.device, samples: int) -> list[Finding]:
             " in a loop by hand lk.to_device(batch, state.device) does",
         )
     return [placed, _values(tensors, samples)]
+
+
+def _tensors(tensors: list[Tensor]) -> str:
+    return f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}"
 
 
 def _values(tensors: list[Tensor], samples: int) -> Finding:

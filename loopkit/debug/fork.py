@@ -39,6 +39,11 @@ def fork(step: Step | StepFunction, state: TrainState) -> tuple[Step, TrainState
     return Step(lifted.function, features), branch
 
 
+def loss_of(state: TrainState) -> float:
+    """The loss of the last update: on several ranks the mean of theirs, lest they part."""
+    return float(state.ranks.sum(state.loss.float().clone())) / state.ranks.size
+
+
 @contextmanager
 def on_the_side(call: str, state: TrainState, *loaders: Any) -> Iterator[None]:
     """Read from loaders, and leave them and the random numbers as they were.

@@ -70,7 +70,7 @@ def find_batch_size(
         The size.
 
     Raises:
-        UsageError: If `start` does not fit, or a number is below 1.
+        UsageError: If `start` does not fit, a number is below 1, or there are several ranks.
         DataError: If `make_batch(n)` makes batches of another size, as at the end of a dataset.
 
     Example:
@@ -89,7 +89,12 @@ def find_batch_size(
     if start > most:
         raise UsageError(call, f"start = {start} above most = {most}", "start: at most `most`")
     lifted = train_step(step)
-    lifted.set_up(state)
+    if lifted.set_up(state).ranks.size > 1:
+        raise UsageError(
+            call,
+            f"a state on {state.ranks.size} ranks, where the others would wait for one out of memory",
+            "one process with the same model, and the size that is found in all of them",
+        )
     trial = Trial(call, lifted, state, make_batch, updates)
     with untouched_rng(state.device), put_back(state):
         return _search(call, trial, start, most)

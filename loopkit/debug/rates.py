@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopkit.check import at_least_one, positive
 from loopkit.compose import wrap
-from loopkit.debug.fork import fork, on_the_side
+from loopkit.debug.fork import fork, loss_of, on_the_side
 from loopkit.errors import DataError, UsageError
 from loopkit.extras import extra
 from loopkit.run import run
@@ -156,7 +156,7 @@ def find_lr(
     means: list[float] = []
     with on_the_side(call, state, data):
         for branch in run(trial, branch, data, max_steps=branch.step + n):
-            if not math.isfinite(loss := float(branch.loss)):
+            if not math.isfinite(loss := loss_of(branch)):
                 break
             losses.append(loss)
             means.append(_running_mean(losses))

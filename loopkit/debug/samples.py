@@ -119,13 +119,12 @@ def classes_of(found: Probe, batch: Any) -> int | None:
     """Number of classes, if the output has a number for each class of integer labels."""
     if found.output is None or found.output.ndim < 2:
         return None
-    output = found.output
+    shape = found.output.shape
+    last, middle = (*shape[:-1],), (shape[0], *shape[2:])
+    longer = (*last[:-1], last[-1] + 1)  # tokens, of which the first is no label
     for leaf in leaves_of(batch):
         if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and leaf.numel():
-            for count, rest in (
-                (output.shape[1], (output.shape[0], *output.shape[2:])),
-                (output.shape[-1], output.shape[:-1]),
-            ):
-                if count > 1 and tuple(leaf.shape) == tuple(rest) and int(leaf.max()) < count:
+            for count, places in ((shape[1], middle), (shape[-1], last), (shape[-1], longer)):
+                if count > 1 and leaf.shape == places and int(leaf.max()) < count:
                     return int(count)
     return None

@@ -168,6 +168,27 @@ def test_inputs_on_another_device_are_told():
     assert "lk.to_device" in finding.words
 
 
+def language(state, batch):
+    """A mean over the next tokens."""
+    logits = state.model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("classes_last", [True, False])
+def test_the_number_of_classes_is_found_where_labels_are_tokens(classes_last):
+    """It is the last dimension of logits over tokens, shifted or not, or the one after samples."""
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    state = lk.TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    tokens = torch.randint(30, (4, 7))
+
+    def images(state, batch):
+        return F.cross_entropy(state.model(batch).transpose(1, 2), batch)
+
+    report = lk.debug.check(language if classes_last else images, state, tokens)
+    assert "log(30) = 3.401" in report["first loss"].words
+    assert report["samples"].level == "ok"
+
+
 def test_batch_norm_in_training_is_not_taken_for_mixing():
     """It mixes samples as it should; what is looked at is eval mode."""
     assert check(state_of())["samples"].level == "ok"
