@@ -92,7 +92,7 @@ def find_batch_size(
     if lifted.set_up(state).ranks.size > 1:
         raise UsageError(
             call,
-            f"a state on {state.ranks.size} ranks, where the others would wait for one out of memory",
+            f"a state on {state.ranks.size} ranks: all would wait for one that is out of memory",
             "one process with the same model, and the size that is found in all of them",
         )
     trial = Trial(call, lifted, state, make_batch, updates)

@@ -110,7 +110,14 @@ def test_large_weights_are_finite(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     ("every", "steps"),
-    [(3, [3, 6, 9, 12, 14]), ("epoch", [7, 14]), (100, [14]), ("1h", [14]), (1, [*range(1, 15)])],
+    [
+        (3, [3, 6, 9, 12, 14]),
+        ("epoch", [7, 14]),
+        (100, [14]),
+        ("1h", [14]),
+        (1, [*range(1, 15)]),
+        ("0.25ep", [2, 4, 6, 7, 9, 11, 13, 14]),
+    ],
 )
 def test_wrap_saves_every_so_often_and_at_the_end(tmp_path, every, steps):
     """Every n updates, at epochs' ends, after a time; and at the end of the run."""
