@@ -1,6 +1,7 @@
 """Stopping early, when a score says so."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,7 @@ class EarlyStopping:
                 f"EarlyStopping of {near(self.monitor, scores)}",
             )
         self.reason = self._judge(float(scores[self.monitor]))
-        if self.reason is not None:
+        if self.reason is not None and os.environ.get("RANK", "0") == "0":  # all ranks say it
             logger.info("stop: {}", self.reason)
         return self.reason is not None
 

@@ -123,7 +123,7 @@ def check(
         at_least_one(call, "classes", classes)
     samples = batch_size(batch)
     with on_the_side(call, state):
-        lifted, branch = fork(step, state)
+        lifted, branch = fork(step, state, training=True)
         moved = to_device(batch, branch.device)
         seen = probe(lifted, branch, moved, samples)
         mixing = check_mixing(seen)
@@ -144,8 +144,6 @@ def check(
 
 
 def _try(step: Step, state: TrainState, batch: Any, updates: int) -> Trial:
-    if not state.model.training:  # which is said; here it would hide what training does
-        state.model.train()
     trainable = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     before = [p.detach().clone() for p in trainable.values()]
     windowed = step.window(state) is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopkit.check import at_least_one, positive
 from loopkit.compose import wrap
-from loopkit.debug.fork import fork, loss_of, on_the_side
+from loopkit.debug.fork import beside, fork, loss_of, on_the_side
 from loopkit.errors import DataError, UsageError
 from loopkit.extras import extra
 from loopkit.run import run
@@ -147,15 +147,15 @@ def find_lr(
     """
     call = f"lk.find_lr(..., start={start!r}, end={end!r}, n={n!r})"
     lrs = _rates(call, start, end, n)
-    lifted, branch = fork(step, state)
-    rates = [float(group["lr"]) for group in branch.optimizer.param_groups]  # type: ignore[union-attr]
-    ratios = tuple(rate / rates[0] if rates[0] else 1.0 for rate in rates)
-    layer = functools.partial(SetRate, lrs=lrs, first=branch.step, ratios=ratios)
-    trial = wrap(name="find_lr", apply=layer)(lifted)
     losses: list[float] = []
     means: list[float] = []
     with on_the_side(call, state, data):
-        for branch in run(trial, branch, data, max_steps=branch.step + n):
+        lifted, branch = fork(step, state)
+        rates = [float(group["lr"]) for group in branch.optimizer.param_groups]  # type: ignore[union-attr]
+        ratios = tuple(rate / rates[0] if rates[0] else 1.0 for rate in rates)
+        layer = functools.partial(SetRate, lrs=lrs, first=branch.step, ratios=ratios)
+        trial = wrap(name="find_lr", apply=layer)(lifted)
+        for branch in run(trial, branch, beside(data), max_steps=branch.step + n):
             if not math.isfinite(loss := loss_of(branch)):
                 break
             losses.append(loss)

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from loopkit.check import at_least_one
-from loopkit.debug.fork import fork, on_the_side
+from loopkit.debug.fork import beside, fork, on_the_side
 from loopkit.errors import UsageError
 from loopkit.evaluate import evaluate
 from loopkit.feed import reading
@@ -101,16 +101,16 @@ def fast_dev_run(
             "an eval_step without eval_data, or the other way round",
             "both, or none: lk.fast_dev_run(step, state, loader, eval_step, val_loader)",
         )
-    lifted, branch = fork(step, state)
     with on_the_side(call, state, data, *_loaders(eval_data)):
+        lifted, branch = fork(step, state)
         updates, samples = [], []
-        for branch in run(lifted, branch, data, max_steps=branch.step + n):
+        for branch in run(lifted, branch, beside(data), max_steps=branch.step + n):
             updates.append({name: float(value) for name, value in branch.metrics.items()})
             samples.append(branch.outcome.samples)
         scores = None
         if eval_step is not None and eval_data is not None:
-            measures = copy.deepcopy(metrics)
-            scores = evaluate(eval_step, branch, eval_data, measures, limit_batches=n)
+            measures, few = copy.deepcopy(metrics), beside(eval_data)
+            scores = evaluate(eval_step, branch, few, measures, limit_batches=n)
     return Rehearsal(name_of_function(lifted), tuple(updates), tuple(samples), scores)
 
 
@@ -148,7 +148,7 @@ def sanity_check(
     call = f"lk.sanity_check(..., n={n!r})"
     at_least_one(call, "n", n)
     with on_the_side(call, state, *_loaders(data)):
-        return evaluate(step, state, data, copy.deepcopy(metrics), limit_batches=n)
+        return evaluate(step, state, beside(data), copy.deepcopy(metrics), limit_batches=n)
 
 
 class Overfit(Updates):
@@ -231,8 +231,8 @@ def overfit(
     call = f"lk.overfit(..., batches={batches!r}, max_steps={max_steps!r})"
     at_least_one(call, "max_steps", max_steps)
     with on_the_side(call, state, data):
-        few = first_batches(call, data, batches)
-    lifted, branch = fork(step, state)
+        few = first_batches(call, beside(data), batches)
+        lifted, branch = fork(step, state)
     return Overfit(run(lifted, branch, few, max_steps=branch.step + max_steps))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from problems import classifier, make_batches, make_state
@@ -75,6 +75,34 @@ def test_the_training_that_follows_is_the_same(trial, kind, begun):
             assert not new or trial == "find_batch_size"
         assert [module.training for module in state.model.modules()] == modes
         for _ in lk.run(step, state, loader, max_epochs=3):
+            pass
+        ends.append(copy.deepcopy(state.state_dict()))
+    assert_bitwise_equal(*ends, f"the training after {trial}")
+
+
+class Augmented(Dataset):
+    """Samples with noise that is drawn where they are loaded."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((4,), float(index)) / 20 + 0.1 * torch.randn(4), index % 3
+
+
+@pytest.mark.parametrize("trial", ["fast_dev_run", "overfit", "sanity_check", "find_lr"])
+def test_workers_that_persist_go_on_with_their_numbers(trial):
+    """The noise that they add after a trial, between two epochs, is what it would have been."""
+    ends = []
+    for tried in (False, True):
+        state = make_state()
+        torch.manual_seed(4)
+        loader = DataLoader(Augmented(), 5, shuffle=True, num_workers=1, persistent_workers=True)
+        for _ in lk.run(classifier, state, loader, max_epochs=1):
+            pass
+        if tried:
+            TRIALS[trial](lk.train_step(classifier), state, loader)
+        for _ in lk.run(classifier, state, loader, max_epochs=2):
             pass
         ends.append(copy.deepcopy(state.state_dict()))
     assert_bitwise_equal(*ends, f"the training after {trial}")
@@ -201,6 +229,9 @@ WRONG = {
     ),
     "an iterator to evaluate": (
         lambda s: lk.sanity_check(measured, s, {"a": iter(make_batches())}), D, "lose the batches", "anew",
+    ),
+    "no optimizer": (
+        lambda s: lk.overfit(classifier, lk.TrainState(s.model), make_batches()), U, "no optimizer", "TrainState(model, optimizer)",
     ),
     "no state": (lambda s: lk.overfit(classifier, s.model, make_batches()), U, "Sequential", "TrainState"),
     "a fraction above one": (
