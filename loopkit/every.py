@@ -31,7 +31,7 @@ class Every:
     """
 
     interval: Interval
-    count: Fraction
+    count: int | Fraction
     unit: str
     first: bool = False
     _since: float = attrs.field(init=False, eq=False)
@@ -60,7 +60,8 @@ class Every:
         else:
             count, unit = Fraction(at_least_one(call, "the interval", interval)), "step"
         _check(call, count, unit)
-        return cls(interval, count, unit, first)
+        whole = count.denominator == 1  # and quick to divide by
+        return cls(interval, int(count) if whole else count, unit, first)
 
     def __call__(self, state: TrainState) -> bool:
         """Whether it is time, after the update that the state has just seen."""

@@ -1,6 +1,8 @@
 """Finding a batch size: the largest that fits, whatever the limit, and the state put back."""
 
 import copy
+import subprocess
+import sys
 
 import loopkit as lk
 import pytest
@@ -115,6 +117,41 @@ def test_the_state_is_put_back_after_an_error_too():
 def test_errors_of_memory_are_known(error, answer):
     """What each device says when its memory has run out, and nothing else."""
     assert is_out_of_memory(error) is answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_it_finds_where_real_memory_ends():
+    """With a limit on the process's memory, the size it finds trains, and one above does not."""
+    code = """
+import resource
+import loopkit as lk, torch
+
+torch.set_num_threads(1)
+model = torch.nn.Linear(1, 1)
+state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+def step(state, batch):
+    return (state.model(batch) + torch.ones(len(batch), 2_000_000)).mean()
+
+def fits(n):
+    try:
+        return bool(step(state, torch.ones(n, 1)).isfinite())
+    except RuntimeError:
+        return False
+
+step(state, torch.ones(1, 1)).backward()
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + 1_000_000_000
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+found = lk.find_batch_size(step, state, lambda n: torch.ones(n, 1))
+print(found, fits(found // 2), fits(4 * found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    found, half, above = done.stdout.split()
+    assert 4 < int(found) < 130  # a sample takes 8 to 32 MB of the 1,000
+    assert (half, above) == ("True", "False")
 
 
 U, D = lk.UsageError, lk.DataError
