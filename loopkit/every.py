@@ -95,7 +95,7 @@ class Every:
 
     def _time(self, state: TrainState) -> bool:
         now = time.monotonic()
-        due = state.ranks.agree(now - self._since >= self.count)
+        due = bool(state.ranks.agree(now - self._since >= self.count))
         self._since = now if due else self._since
         return due
 

@@ -112,8 +112,8 @@ def check(
         >>> def step(state, batch):
         ...     return nn.functional.cross_entropy(state.model(batch[0]), batch[1])
         >>> report = check(step, state, (torch.randn(8, 4), torch.arange(8) % 3))
-        >>> report.ok, report["gradients"].level, report["gradients"].words
-        (True, 'ok', 'every one of the 2 parameters gets one; norms from 0.127 to 0.42')
+        >>> report.ok, report["gradients"].level, report["gradients"].words.partition(";")[0]
+        (True, 'ok', 'every one of the 2 parameters gets one')
 
     Source: https://karpathy.github.io/2019/04/25/recipe/
     """
