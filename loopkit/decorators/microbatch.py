@@ -134,7 +134,8 @@ class HalveUntilItFits:
             elif state.ranks.alone:
                 self._halve(state, _samples(largest), failure)
             else:
-                raise _explained(failure, "pieces of this size fitted before; other ranks wait")
+                _explain(failure, "pieces of this size fitted before; other ranks wait")
+                raise failure
             _begin_anew(state, rng, statistics)
 
     def _probe(self, state: TrainState, piece: Any) -> Exception | None:
@@ -156,14 +157,14 @@ class HalveUntilItFits:
 
     def _halve(self, state: TrainState, before: int, failure: Exception | None) -> None:
         if before <= 1 and failure is not None:
-            raise _explained(failure, "one sample at a time does not fit either")
+            _explain(failure, "one sample at a time does not fit either")
+            raise failure
         most = state.features[KEPT_AS].most = max(1, -(-before // 2))
         logger.info("out of memory with {} samples at a time; going on with {}", before, most)
 
 
-def _explained(failure: Any, why: str) -> Exception:
+def _explain(failure: Exception, why: str) -> None:
     failure.add_note(f'with_microbatch("auto"): {why}')
-    return failure  # type: ignore[no-any-return]
 
 
 def _begin_anew(
