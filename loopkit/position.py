@@ -1,6 +1,7 @@
 """Where a run is in its data, so that it goes on with the very batches that were left."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
@@ -9,12 +10,13 @@ import attrs
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from loopkit.data.order import SINGLE, Dealt, Order, Part, Share, sample_order
+from loopkit.data.order import SINGLE, AtFirst, Dealt, Order, Part, Share, sample_order
 from loopkit.errors import DataError
 from loopkit.plain import is_stateful
 from loopkit.rng import rng_state, set_rng_state
 
 _CPU = torch.device("cpu")  # loaders and samplers draw there
+PLAIN = ("size", "counts", "world", "at", "items", "warm")
 
 
 @attrs.define
@@ -24,7 +26,8 @@ class Position:
     The order of a shuffled epoch follows from the random numbers at its beginning; so
     these are kept (a few kilobytes), and the epoch is opened with them again. What was
     taken before is passed over in the sampler: no sample is loaded for it. A loader with a
-    `state_dict` of its own is asked for it instead.
+    `state_dict` of its own is asked for it instead. Workers that persist are made anew, and what they
+    draw themselves in later epochs is other numbers: see `seeded`.
 
     Where a batch sampler is torch's own the position counts samples, else batches, of
     the one order that all ranks share: `items + (batch - at) * world * size`. So an epoch goes
@@ -39,6 +42,9 @@ class Position:
         world: The ranks that the order is dealt to.
         at: The batch of each rank at which this counting began.
         items: How much of the order was gone then.
+        warm: Whether workers that persist were there when the epoch began: a loader draws no
+            seed for them then.
+        live: Whether they were there when this was saved.
     """
 
     start: dict[str, Any] | None = None
@@ -49,10 +55,17 @@ class Position:
     world: int = 1
     at: int = 0
     items: int = 0
+    warm: bool = False
+    live: bool = False
 
     @classmethod
-    def beginning(cls, data: object) -> "Position":
-        """The position before the first batch of an epoch; on all ranks the one of the first."""
+    def beginning(cls, data: object, before: "Position | None" = None) -> "Position":
+        """The position before the first batch of an epoch; on all ranks the one of the first.
+
+        Args:
+            data: What is about to be iterated over.
+            before: The position of the epoch before, as it may have been restored.
+        """
         if type(data) in {list, tuple, range}:  # whose order draws no numbers
             return cls()
         start = {"rng": rng_state(_CPU), "generators": _states(data)}
@@ -64,6 +77,7 @@ class Position:
             size=order.size,
             counts=order.counts,
             world=order.share.world,
+            warm=_live(data) or (before is not None and before.live),
         )
 
     def keep(self, data: object) -> None:
@@ -77,8 +91,11 @@ class Position:
         own = _stateful(data)
         loader = own.state_dict() if self.loader is None and is_stateful(own) else self.loader
         generators = self.generators if data is None else _states(data)
-        plain = {name: getattr(self, name) for name in ("size", "counts", "world", "at", "items")}
-        return {"start": self.start, "generators": generators, "loader": loader, **plain}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        live = self.live if data is None else _live(data)
+        return {
+            "start": self.start, "generators": generators, "loader": loader, "live": live, **plain
+        }  # fmt: skip
 
     def taken(self, batch: int) -> int:
         """Samples or batches of the order that are gone when each rank has taken `batch` batches.
@@ -175,11 +192,14 @@ def begun(data: Iterable[Any], position: Position) -> Iterator[Any]:
         position: `Position.beginning(data)`. Where `data` is dealt to ranks all of them draw
             the order from its random states; those of the first rank go on from there.
     """
-    if not isinstance(data, Part) or data.order.counts == "share":
+    if not isinstance(data, Part):
+        unseeded = _persists(data) and position.warm and not _live(data)
+        return _passed_over(data, 0, position) if unseeded else iter(data)
+    if data.order.counts == "share":
         return iter(data)
     own = rng_state(_CPU)
     _go_to_start(data, position)
-    batches = data.opened(0)
+    batches = data.opened(0, _first_draws(data, position))
     if data.share.rank:
         set_rng_state(own, _CPU)
     return batches
@@ -216,8 +236,8 @@ def _opened_there(data: Iterable[Any], position: Position, taken: int) -> Iterat
         return iter(data)
     _go_to_start(data, position)
     if isinstance(data, Part):
-        return data.opened(position.taken(taken))
-    return _passed_over(data, position.taken(taken))
+        return data.opened(position.taken(taken), _first_draws(data, position))
+    return _passed_over(data, position.taken(taken), position)
 
 
 def _go_to_start(data: object, position: Position) -> None:
@@ -226,18 +246,49 @@ def _go_to_start(data: object, position: Position) -> None:
         _restore(data, position.start["generators"])
 
 
-def _passed_over(data: Iterable[Any], taken: int) -> Iterator[Any]:
+def _passed_over(data: Iterable[Any], taken: int, position: Position) -> Iterator[Any]:
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         batches = iter(data)
         for _ in itertools.islice(batches, taken):
             pass
         return batches
     loader, rest = dealing(data, SINGLE)
-    rest.skip = taken
-    vars(loader)["persistent_workers"] = False
-    batches = iter(loader)
-    rest.walk.begin()
-    return batches
+    if not _persists(data):
+        return rest.opened(loader, taken)
+    if _live(data):
+        vars(loader)["_iterator"] = data._iterator
+        data._iterator._index_sampler = rest
+    persisting: Any = rest.opened(loader, taken, _first_draws(data, position))
+    # Later epochs are read from the loader itself, by these workers, in its own order
+    persisting._index_sampler = getattr(data, index_name(data))
+    vars(data)["_iterator"] = persisting
+    return persisting  # type: ignore[no-any-return]
+
+
+def _persists(data: object) -> bool:
+    read = data.read if isinstance(data, Part) else data
+    return bool(getattr(read, "persistent_workers", False)) and isinstance(read, DataLoader)
+
+
+def _live(data: object) -> bool:
+    """Whether the loader has workers that persist, which were made for an earlier epoch."""
+    read = data.read if isinstance(data, Part) else data
+    return _persists(data) and getattr(read, "_iterator", None) is not None
+
+
+def _first_draws(data: object, position: Position) -> AtFirst | None:
+    """What puts the generators where a loader with persisting workers had them when it shuffled.
+
+    It draws a seed for its workers when it makes them, so in its first epoch only.
+    """
+    return functools.partial(_draw_at_first, data, position) if _persists(data) else None
+
+
+def _draw_at_first(data: object, position: Position) -> None:
+    read: Any = data.read if isinstance(data, Part) else data
+    _go_to_start(data, position)
+    if not position.warm:
+        torch.empty((), dtype=torch.int64).random_(generator=read.generator)
 
 
 def dealing(loader: DataLoader[Any], share: Share) -> tuple[DataLoader[Any], Dealt]:

@@ -133,6 +133,9 @@ class Order:
         return self.share.rounds(left) if self.counts != "share" else left
 
 
+AtFirst = Callable[[], object]
+
+
 class Part(abc.ABC):
     """What one rank reads of some data: an iterable of its batches.
 
@@ -154,8 +157,8 @@ class Part(abc.ABC):
         """What a position in it counts."""
 
     @abc.abstractmethod
-    def opened(self, taken: int) -> Iterator[Any]:
-        """An iterator without the first `taken` items of the order."""
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:
+        """An iterator without the first `taken` items of the order; see `Walk` for `at_first`."""
 
     @property
     def persistent_workers(self) -> bool:
@@ -174,12 +177,20 @@ class Walk:
     Not before: a loader draws the seed of its workers between making the sampler's
     iterator and asking it, and the order of draws has to stay.
 
+    Args:
+        batches: Of all ranks: a batch sampler, a sampler, or batches.
+        share: Those to give.
+        skip: Items of the order to pass over.
+        at_first: Called when it begins, before numbers are drawn for the order.
+
     Attributes:
         real: How many it has given that are no fillers; those come last.
     """
 
-    def __init__(self, batches: Any, share: Share, skip: int) -> None:
-        self._dealt = _walked(batches, share, skip)
+    def __init__(
+        self, batches: Any, share: Share, skip: int, at_first: AtFirst | None = None
+    ) -> None:
+        self._dealt = _walked(batches, share, skip, at_first)
         self._first: list[tuple[Any, bool]] = []
         self.real = 0
 
@@ -197,7 +208,11 @@ class Walk:
             self._first.extend(itertools.islice(self._dealt, 1))
 
 
-def _walked(batches: Any, share: Share, skip: int) -> Iterator[tuple[Any, bool]]:
+def _walked(
+    batches: Any, share: Share, skip: int, at_first: AtFirst | None
+) -> Iterator[tuple[Any, bool]]:
+    if at_first is not None:
+        at_first()
     grouped = sample_order(batches)
     source = batches.sampler if grouped else batches
     items = iter(source if share.world == 1 else _drawn(source))
@@ -232,22 +247,33 @@ class Dealt:
     Attributes:
         batches: The loader's own batch sampler, or sampler where it makes no batches.
         share: The rank's share.
-        skip: Items of the order that the next iterator passes over.
         sampler: The sampler within it.
         walk: The iterator that was made last.
     """
 
-    def __init__(self, batches: Any, share: Share, skip: int = 0) -> None:
-        self.batches, self.share, self.skip = batches, share, skip
+    def __init__(self, batches: Any, share: Share) -> None:
+        self.batches, self.share = batches, share
         self.sampler = getattr(batches, "sampler", None)
+        self._skip = 0
+        self._at_first: AtFirst | None = None
         self.walk = Walk((), share, 0)
 
     def __len__(self) -> int:
         return self.share.rounds(len(self.batches))
 
     def __iter__(self) -> Walk:
-        self.walk = Walk(self.batches, self.share, self.skip)
+        self.walk = Walk(self.batches, self.share, self._skip, self._at_first)
         return self.walk
+
+    def opened(self, loader: Any, skip: int, at_first: AtFirst | None = None) -> Iterator[Any]:
+        """An iterator over the loader that this stands in, without the first `skip` items."""
+        self._skip, self._at_first = skip, at_first
+        try:
+            batches: Iterator[Any] = iter(loader)
+            self.walk.begin()
+        finally:
+            self._skip, self._at_first = 0, None
+        return batches
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the batch sampler, if it asks for it."""

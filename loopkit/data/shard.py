@@ -9,7 +9,7 @@ import attrs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from loopkit.check import one_of
-from loopkit.data.order import UNEVEN, Filler, Order, Part, Share, Walk
+from loopkit.data.order import UNEVEN, AtFirst, Filler, Order, Part, Share, Walk
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import known_length
 from loopkit.plain import is_stateful
@@ -63,7 +63,7 @@ class Stream(Part):
     def __iter__(self) -> Iterator[Any]:
         return begun(self, Position.beginning(self))
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches of the stream."""
         source = iter(self.read)
         walk = Walk(itertools.chain(source), self.share, taken)  # a chain has no length to trust
@@ -76,7 +76,7 @@ class Listed(Stream):
     def __len__(self) -> int:
         return self.share.rounds(len(self.read))
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches."""
         walk = Walk(range(len(self.read)), self.share, taken)
         return Marked(map(self.read.__getitem__, walk), walk, None)
@@ -94,14 +94,11 @@ class Loaded(Stream):
     def __len__(self) -> int:
         return len(self.read)
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:
         """An iterator without the first `taken` items of the order."""
         dealt = getattr(self.read, index_name(self.read))
-        dealt.skip = taken
-        batches = iter(self.read)
-        dealt.skip, walk = 0, dealt.walk
-        walk.begin()
-        return Marked(batches, walk, batches)
+        batches = dealt.opened(self.read, taken, at_first)
+        return Marked(batches, dealt.walk, batches)
 
 
 @attrs.define(eq=False)
@@ -126,7 +123,7 @@ class Own(Stream):
     def __iter__(self) -> Iterator[Any]:
         return Agreed(self, iter(self.read), [])
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches of this rank."""
         batches = iter(self.read)
         first = [*itertools.islice(batches, min(1, taken))]
@@ -198,7 +195,7 @@ class Once(Part, Iterator[Any]):
     def __next__(self) -> Any:
         return next(self._batches)
 
-    def opened(self, taken: int) -> Iterator[Any]:  # noqa: ARG002
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """Itself: it goes on where it is."""
         return self
 
