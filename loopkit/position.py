@@ -26,8 +26,8 @@ class Position:
     The order of a shuffled epoch follows from the random numbers at its beginning; so
     these are kept (a few kilobytes), and the epoch is opened with them again. What was
     taken before is passed over in the sampler: no sample is loaded for it. A loader with a
-    `state_dict` of its own is asked for it instead. Workers that persist are made anew, and what they
-    draw themselves in later epochs is other numbers: see `seeded`.
+    `state_dict` of its own is asked for it instead. Workers that persist are made anew; in
+    later epochs they draw other numbers then, unless the dataset is `seeded`.
 
     Where a batch sampler is torch's own the position counts samples, else batches, of
     the one order that all ranks share: `items + (batch - at) * world * size`. So an epoch goes
@@ -255,14 +255,14 @@ def _passed_over(data: Iterable[Any], taken: int, position: Position) -> Iterato
     loader, rest = dealing(data, SINGLE)
     if not _persists(data):
         return rest.opened(loader, taken)
-    if _live(data):
-        vars(loader)["_iterator"] = data._iterator
-        data._iterator._index_sampler = rest
-    persisting: Any = rest.opened(loader, taken, _first_draws(data, position))
+    if (workers := vars(data)["_iterator"]) is not None:
+        vars(workers)["_index_sampler"] = rest
+        vars(loader)["_iterator"] = workers
+    batches = rest.opened(loader, taken, _first_draws(data, position))
     # Later epochs are read from the loader itself, by these workers, in its own order
-    persisting._index_sampler = getattr(data, index_name(data))
-    vars(data)["_iterator"] = persisting
-    return persisting  # type: ignore[no-any-return]
+    vars(batches)["_index_sampler"] = getattr(data, index_name(data))
+    vars(data)["_iterator"] = batches
+    return batches
 
 
 def _persists(data: object) -> bool:

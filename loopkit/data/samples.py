@@ -29,8 +29,9 @@ class Seeded(Dataset[Any]):
 
         self.dataset, self.seed, self.also = dataset, seed, also
         self._numpy = np.random.MT19937(0)
+        epoch: Any = torch.zeros((), dtype=torch.int64)
         # Shared memory: workers that persist, or are spawned, see what is written here later
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch: torch.Tensor = epoch.share_memory_()
 
     @property
     def epoch(self) -> int:
