@@ -11,6 +11,7 @@ from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Filler
+from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -179,6 +180,7 @@ __all__ = [
     "progress",
     "run",
     "seed_everything",
+    "seeded",
     "sharded",
     "to_device",
     "train_step",

@@ -46,10 +46,10 @@ checkpoint
 types modes metrics
 updates
 state feed
-limits device output
+limits device output opening
 check outcome window interrupt seed position
-nested plain extras rng data.order data
-errors exact
+nested plain extras rng data.order data.samples
+errors exact data.epoch data
 """.split("\n")[1:-1]
 
 

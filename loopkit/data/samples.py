@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from loopkit.data.epoch import datasets_within, tell_epoch
 from loopkit.errors import UsageError
 
 Reseed = Callable[[int], object]
@@ -41,8 +42,7 @@ class Seeded(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Draw other numbers for each sample; `run` calls it at the beginning of an epoch."""
         self._epoch.fill_(epoch)
-        if callable(getattr(self.dataset, "set_epoch", None)):
-            self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        tell_epoch(datasets_within(self), epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

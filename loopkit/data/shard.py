@@ -12,8 +12,9 @@ from loopkit.check import one_of
 from loopkit.data.order import UNEVEN, AtFirst, Filler, Order, Part, Share, Walk
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import known_length
+from loopkit.opening import begun, dealing
 from loopkit.plain import is_stateful
-from loopkit.position import Position, begun, dealing, index_name, sampler_order
+from loopkit.position import Position, index_name, sampler_order
 
 Agree = Callable[[bool], bool]
 ShareStart = Callable[[Any], Any]
