@@ -48,7 +48,7 @@ updates
 state feed
 limits device output opening
 check outcome window interrupt seed position
-nested plain extras rng data.order data.samples
+nested plain extras rng data.order data.samples data.watch
 errors exact data.epoch data
 """.split("\n")[1:-1]
 

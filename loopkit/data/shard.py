@@ -25,25 +25,19 @@ _SHARED = (("num_replicas", "rank"), ("world_size", "rank"), ("num_processes", "
 
 
 class Marked(Iterator[Any]):
-    """The batches of a rank; those after the `real` ones of its walk are fillers."""
+    """The batches of a rank; those after the `real` ones of its walk are fillers.
 
-    def __init__(self, batches: Iterator[Any], walk: Walk, source: object) -> None:
-        self._batches, self._walk, self._source, self._given = batches, walk, source, 0
+    Attributes:
+        sources: The iterators that are read.
+    """
+
+    def __init__(self, batches: Iterator[Any], walk: Walk, *sources: Iterator[Any]) -> None:
+        self._batches, self._walk, self._given, self.sources = batches, walk, 0, sources
 
     def __next__(self) -> Any:
         batch = next(self._batches)
         self._given += 1
         return batch if self._given <= self._walk.real else Filler(batch)
-
-    def _shutdown_workers(self) -> None:
-        end_source(self._source)
-
-
-def end_source(source: object) -> None:
-    """End the workers of a loader's iterator, or close a generator."""
-    end = getattr(source, "_shutdown_workers", getattr(source, "close", None))
-    if end is not None:
-        end()
 
 
 @attrs.define(eq=False)
@@ -80,7 +74,7 @@ class Listed(Stream):
     def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches."""
         walk = Walk(range(len(self.read)), self.share, taken)
-        return Marked(map(self.read.__getitem__, walk), walk, None)
+        return Marked(map(self.read.__getitem__, walk), walk)
 
 
 class Loaded(Stream):
@@ -175,10 +169,10 @@ class Agreed(Iterator[Any]):
         self._repeats = iter(self._part.read)
         return next(self._repeats, self._first[0])
 
-    def _shutdown_workers(self) -> None:
-        if not self._part.persistent_workers:
-            end_source(self._batches)
-            end_source(self._repeats)
+    @property
+    def sources(self) -> list[Iterator[Any]]:
+        """The iterators that are read."""
+        return [self._batches, self._repeats]
 
 
 class Once(Part, Iterator[Any]):
