@@ -88,7 +88,7 @@ class Watch:
     batches: weakref.ref[Any]
     timeout_s: float
     since: float | None = None
-    told: tuple[str, str, str] | None = None
+    told: DataError | None = None
     over: threading.Event = attrs.field(factory=threading.Event)
     guard: threading.Thread | None = None
 
@@ -102,7 +102,7 @@ class Watch:
             if self.told is None:
                 raise
             end_workers(batches)
-            raise DataError(*self.told) from error
+            raise self.told from error
         finally:
             self.since = None
 
@@ -116,7 +116,7 @@ class Watch:
         hung, told = _hang(batches, self.timeout_s)
         _terminate(hung)
         end_workers(batches)
-        raise DataError(*told)
+        raise told
 
 
 def _guard(watching: Watch) -> None:
@@ -142,13 +142,13 @@ def _check_pinning(thread: threading.Thread | None) -> None:
         )
 
 
-def _hang(batches: Any, timeout_s: float) -> tuple[list[Any], tuple[str, str, str]]:
+def _hang(batches: Any, timeout_s: float) -> tuple[list[Any], DataError]:
     """The worker that the next batch is due from, and what to say of it."""
     task = vars(batches).get("_task_info", {}).get(vars(batches).get("_rcvd_idx"), ())
     everyone = vars(batches)["_workers"]
     hung = [everyone[task[0]]] if task else [*everyone]
     told = "; ".join(f"{worker.name} (pid {worker.pid}){stack_of(worker.pid)}" for worker in hung)
-    return hung, (
+    return hung, DataError(
         f"a DataLoader with {len(everyone)} workers",
         f"no batch for {timeout_s:g} s from {told}",
         "a dataset that always returns, or DataLoader(..., timeout=seconds) with more time",
