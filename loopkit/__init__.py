@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.data.collate import pad_collate
+    from loopkit.data.lengths import group_by_length
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -89,6 +91,8 @@ _LATER = {
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.data.collate": ("pad_collate",),
+    "loopkit.data.lengths": ("group_by_length",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -167,11 +171,13 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "group_by_length",
     "inverse_sqrt",
     "linear",
     "load_best",
     "load_weights",
     "own",
+    "pad_collate",
     "param_groups",
     "plot_schedule",
     "polynomial",

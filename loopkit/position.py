@@ -14,7 +14,7 @@ from loopkit.plain import is_stateful
 from loopkit.rng import rng_state
 
 CPU = torch.device("cpu")  # loaders and samplers draw there
-PLAIN = ("size", "counts", "world", "at", "items", "within", "warm")
+PLAIN = ("size", "counts", "world", "at", "items", "within", "total", "warm")
 
 
 @attrs.define
@@ -41,6 +41,7 @@ class Position:
         at: The batch of each rank at which this counting began.
         items: How much of the order was gone then.
         within: The epoch that it was in then; None if this counts from an epoch's beginning.
+        total: Samples or batches of the epoch, if known.
         warm: Whether workers that persist were there when the epoch began: a loader draws no
             seed for them then.
         live: Whether they were there when this was saved.
@@ -55,6 +56,7 @@ class Position:
     at: int = 0
     items: int = 0
     within: int | None = None
+    total: int | None = None
     warm: bool = False
     live: bool = False
 
@@ -77,6 +79,7 @@ class Position:
             size=order.size,
             counts=order.counts,
             world=order.share.world,
+            total=order.total,
             warm=lives(data) or (before is not None and before.live),
         )
 
@@ -127,7 +130,8 @@ def order_of(data: object) -> Order:
 def sampler_order(batches: Any, size: int | None, share: Share = SINGLE) -> Order:
     """What a position in a map-style loader counts."""
     if not sample_order(batches):
-        return Order("batches", size, share, _length(batches))
+        known = getattr(batches, "batch_size", None) if size is None else size
+        return Order("batches", known if type(known) is int else None, share, _length(batches))
     return Order("samples", batches.batch_size, share, _length(batches.sampler), batches.drop_last)
 
 
@@ -157,9 +161,10 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     order = order_of(data)
     if not position.interrupted(epoch, batch) or same_place(order, position):
         return batch
-    if order.counts != position.counts or order.counts == "share":
-        refuse(order, position, batch)
-    if order.counts == "batches" and order.size != position.size:
+    movable = order.counts == "samples" or (
+        order.counts == "batches" and order.size == position.size
+    )
+    if not movable or order.counts != position.counts or _of_another_size(order, position):
         refuse(order, position, batch)
     taken = position.taken(batch)
     whole, left = order.rounds_after(0), order.rounds_after(taken)
@@ -171,9 +176,14 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
 
 def same_place(order: Order, position: Position) -> bool:
     """Whether a position counts what this order counts, by the same steps."""
-    return (order.counts, order.size, order.share.world) == (
-        position.counts, position.size, position.world
-    )  # fmt: skip
+    now = (order.counts, order.size, order.share.world)
+    before = (position.counts, position.size, position.world)
+    return now == before and not _of_another_size(order, position)
+
+
+def _of_another_size(order: Order, position: Position) -> bool:
+    """Whether the data has grown, or is other data: its epoch has another order then."""
+    return None not in (order.total, position.total) and order.total != position.total
 
 
 def refuse(order: Order, position: Position, batch: int) -> NoReturn:
@@ -183,16 +193,16 @@ def refuse(order: Order, position: Position, batch: int) -> NoReturn:
         DataError: Always.
     """
 
-    def described(size: int | None, counts: str, world: int) -> str:
+    def described(size: int | None, counts: str, total: int | None, world: int) -> str:
         of = "a size that is not known" if size is None else f"{size} samples"
-        return f"of {of} (counted: {counts}, ranks: {world})"
+        return f"of {of} (counted: {counts}, in all: {total}, ranks: {world})"
 
-    now = described(order.size, order.counts, order.share.world)
-    before = described(position.size, position.counts, position.world)
+    now = described(order.size, order.counts, order.total, order.share.world)
+    before = described(position.size, position.counts, position.total, position.world)
     raise DataError(
         f"going on after batch {batch} of an epoch",
         f"batches {now}, where they were {before}",
-        "the batch size, sampler and ranks from before until the epoch is over,"
+        "the dataset, batch size, sampler and ranks from before until the epoch is over,"
         " or state.batch = 0 to begin it anew",
     )
 

@@ -27,7 +27,7 @@ optim
 run predict
 observe
 evaluate
-data.shard
+data.shard data.lengths data.collate
 decorators
 compose
 step

@@ -29,10 +29,10 @@ class Samples(Dataset):
     """Numbered samples; it notes which were loaded."""
 
     def __init__(self, *, noisy=False):
-        self.noisy, self.loaded = noisy, []
+        self.noisy, self.loaded, self.count = noisy, [], COUNT
 
     def __len__(self):
-        return COUNT
+        return self.count
 
     def __getitem__(self, index):
         self.loaded.append(index)
@@ -225,6 +225,17 @@ def test_batches_of_another_size_that_cannot_be_found_again_are_refused():
         with pytest.raises(lk.DataError, match=r"batches of \d samples .*where they were of 4"):
             next(lk.run(step, state, other))
     assert state.step == 1
+
+
+def test_a_dataset_that_has_grown_is_refused_within_an_epoch():
+    """Its samples have another order: some would come twice, and some never."""
+    state = fresh()
+    next(lk.run(step, state, LOADERS["shuffled"]()))
+    state, _ = resumed(state, LOADERS["shuffled"])
+    data = LOADERS["shuffled"]()
+    data.dataset.count = COUNT + 1
+    with pytest.raises(lk.DataError, match=r"in all: 24.* in all: 23"):
+        next(lk.run(step, state, data))
 
 
 def test_samplers_are_told_the_epoch():

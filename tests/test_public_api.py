@@ -21,7 +21,7 @@ with_nonfinite with_anomaly_detection with_closure seed_everything device to_dev
 Transform Forward Backward create_optimizer configure_optimizer param_groups CombinedOptimizer
 constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd plot_schedule
 Checkpointer CheckpointOptions load_best export load_weights
-sharded Filler seeded
+sharded Filler seeded group_by_length pad_collate
 """.split()
 
 
