@@ -51,11 +51,13 @@ class Share:
         world: Number of ranks.
         uneven: What ranks do that run out in the last round: `"exact"` gives them fillers,
             `"drop"` leaves the round out, `"pad"` repeats batches from the epoch's start.
+        first: How many batches of an epoch are dealt in all; None for all.
     """
 
     rank: int = 0
     world: int = 1
     uneven: str = "exact"
+    first: int | None = None
 
     def rounds(self, count: int) -> int:
         """How many batches each rank takes of `count`: ceil(count / world), floor for `"drop"`.
@@ -64,7 +66,14 @@ class Share:
             >>> Share(0, 4).rounds(9), Share(0, 4, "drop").rounds(9)
             (3, 2)
         """
+        count = count if self.first is None else min(count, self.first)
         return count // self.world if self.uneven == "drop" else -(-count // self.world)
+
+    def after(self, batches: int) -> "Share":
+        """The share of what is left when these batches are gone."""
+        return attrs.evolve(
+            self, first=None if self.first is None else max(0, self.first - batches)
+        )
 
     @property
     def kept(self) -> int:
@@ -127,10 +136,11 @@ class Order:
         """
         if self.total is None:
             return None
-        left = max(0, self.total - taken)
+        left, each = max(0, self.total - taken), 1
         if self.counts == "samples":
-            left = left // self.size if self.drop_last else -(-left // self.size)  # type: ignore[operator]
-        return self.share.rounds(left) if self.counts != "share" else left
+            each = self.size or 1
+            left = left // each if self.drop_last else -(-left // each)
+        return left if self.counts == "share" else self.share.after(taken // each).rounds(left)
 
 
 AtFirst = Callable[[], object]
@@ -216,12 +226,14 @@ def _walked(
     grouped = sample_order(batches)
     source = batches.sampler if grouped else batches
     items = iter(source if share.world == 1 else _drawn(source))
-    head = [*itertools.islice(items, share.kept * (batches.batch_size if grouped else 1))]
+    each = batches.batch_size if grouped else 1
+    head = [*itertools.islice(items, share.kept * each)]
     later = itertools.islice(items, max(0, skip - len(head)), None)
     rest: Iterator[Any] = itertools.chain(head[skip:], later)
     if grouped:
         head, rest = [*_cut(batches, head)], _cut(batches, rest)
-    yield from share.dealt(rest, head)
+    share = share.after(skip // each)
+    yield from share.dealt(itertools.islice(rest, share.first), head)
 
 
 def _cut(batches: BatchSampler, samples: Iterable[int]) -> Iterator[Any]:

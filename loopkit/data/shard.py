@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from loopkit.check import one_of
+from loopkit.check import at_least_one, one_of
 from loopkit.data.order import UNEVEN, AtFirst, Filler, Order, Part, Share, Walk
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import known_length
@@ -204,6 +204,7 @@ def sharded(
     world: int,
     uneven: str = "exact",
     *,
+    first: int | None = None,
     stream: str | None = None,
     agree: Agree | None = None,
     share_start: ShareStart | None = None,
@@ -225,6 +226,8 @@ def sharded(
         world: Number of ranks; for 1 the data itself comes back.
         uneven: For ranks that run out in the last round: `"exact"` gives them a `Filler`, `"drop"`
             leaves the round out, `"pad"` repeats batches from the epoch's start.
+        first: Deal only so many batches of an epoch, over all ranks; for a part of an evaluation
+            that does not depend on the number of ranks.
         stream: For data without numbered samples: `"split"`, every rank reads it all and keeps its
             part, or `"sharded"`, it differs on each rank already.
         agree: Whether any rank says True; called before each batch of what was shared out by
@@ -243,7 +246,7 @@ def sharded(
         >>> [list(sharded([0, 1, 2, 3, 4], rank, 2)) for rank in (0, 1)]
         [[0, 2, 4], [1, 3, Filler(batch=0)]]
     """
-    share = _checked(rank, world, uneven, stream)
+    share = _checked(rank, world, uneven, stream, first)
     if world == 1:
         return data
     found = _shared_out(data)
@@ -258,14 +261,14 @@ def sharded(
     return _loaded(data, share, share_start)
 
 
-def _checked(rank: int, world: int, uneven: str, stream: str | None) -> Share:
+def _checked(rank: int, world: int, uneven: str, stream: str | None, first: int | None) -> Share:
     call = f"sharded(data, {rank!r}, {world!r})"
     if not (type(rank) is type(world) is int and 0 <= rank < world):
         raise UsageError(call, f"rank {rank!r} of {world!r}", "0 <= rank < world")
     one_of(call, "uneven", uneven, UNEVEN)
     if stream is not None:
         one_of(call, "stream", stream, STREAMS)
-    return Share(rank, world, uneven)
+    return Share(rank, world, uneven, None if first is None else at_least_one(call, "first", first))
 
 
 def _kind(data: Any, share: Share, stream: str | None) -> type[Stream]:
