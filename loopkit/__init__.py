@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
@@ -32,11 +32,15 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Preempted,
+    RankError,
+    StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -51,19 +55,28 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
-from loopkit.window import MicroBatches, Window, windows
+from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
-    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.best import load_best
+    from loopkit.checkpoint.checkpointer import Checkpointer
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
     from loopkit.data.collate import pad_collate
     from loopkit.data.lengths import group_by_length
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -86,10 +99,12 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
-    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.checkpointer": ("Checkpointer",),
+    "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
     "loopkit.data.collate": ("pad_collate",),
     "loopkit.data.lengths": ("group_by_length",),
@@ -108,6 +123,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -125,6 +146,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Backward",
@@ -138,27 +161,35 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
-    "Filler",
     "Forward",
     "GradientsOf",
+    "KeepMicroBatches",
     "LoopkitError",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Preempted",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Restored",
     "Run",
     "Split",
     "Step",
     "StepFunction",
+    "StorageError",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
+    "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "compose",
     "configure_optimizer",
     "constant",
@@ -166,6 +197,7 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
@@ -173,6 +205,7 @@ __all__ = [
     "export",
     "group_by_length",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -182,8 +215,10 @@ __all__ = [
     "plot_schedule",
     "polynomial",
     "predict",
+    "preemptible",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
     "seeded",

@@ -60,10 +60,11 @@ class Loop:
         """The state after each update."""
         state, step = self.state, self.step
         most = self.limits.steps or math.inf
-        timed, deadline = self.limits.seconds, time.monotonic() + (self.limits.seconds or math.inf)
+        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        timed = self.limits.seconds is not None
         self._start()
         with Interruptible() as interrupt:
-            while not self._ended() and time.monotonic() < deadline:
+            while not self._ended() and not (timed and self._is_over(deadline)):
                 before = state.step
                 with reading(self.data, self._open) as batches:
                     for batch in self._feed(batches):
@@ -77,13 +78,16 @@ class Loop:
                         if state.epoch_end or self._ahead is not None:
                             self._look_ahead(batches)
                         yield state
-                        if state.step >= most or (timed and time.monotonic() >= deadline):
+                        if state.step >= most or (timed and self._is_over(deadline)):
                             break
                     else:
                         if state.step == before:
                             self._explain_nothing(batches)
                 self._roll_over()
         state.graph, state.window = None, ((), 0)  # the last batch need not outlive the run
+
+    def _is_over(self, deadline: float) -> bool:
+        return bool(self.state.ranks.agree(time.monotonic() >= deadline))
 
     def _start(self) -> None:
         state = self.state
@@ -258,8 +262,10 @@ def run(
         >>> updates.total_steps, [state.step for state in updates]
         (6, [1, 2, 3, 4, 5, 6])
     """
-    limits = Limits.of(data, max_epochs, max_steps, max_time, limit_batches)
-    return Run(train_step(step), _checked(state), data, limits)
+    lifted = train_step(step)
+    part = lifted.set_up(_checked(state)).ranks.share(data)
+    limits = Limits.of(part, max_epochs, max_steps, max_time, limit_batches)
+    return Run(lifted, state, part, limits)
 
 
 def _checked(state: object) -> TrainState:

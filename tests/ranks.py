@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.data.shard import sharded
 from loopkit.opening import begun, reopened
 from loopkit.position import Position, moved, set_epoch
@@ -153,7 +153,8 @@ def alone(make):
 
 
 def real(rounds):
-    return [batch for batches in rounds for batch in batches if type(batch) is not Filler]
+    own = [b for batches in rounds for b in batches if not (type(b) is Uneven and b.filler)]
+    return [b.batch if type(b) is Uneven else b for b in own]
 
 
 def samples(batches):

@@ -27,28 +27,39 @@ optim
 run predict
 observe
 evaluate
-data.shard data.lengths data.collate
-decorators
+data.lengths data.collate
+decorators distributed.decorator
 compose
 step
 setup places
 feature
+checkpoint.preemption
 checkpoint.checkpointer
-checkpoint.saver checkpoint.saving checkpoint.export
+checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
 checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
 checkpoint.difference
-checkpoint.read checkpoint.commit
+checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
+checkpoint.remote
 checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
+distributed.tensor_parallel
+distributed.fsdp
+distributed.ddp
+distributed.group_ranks
+distributed.whole data.shard
+distributed.zero
+distributed.decisions distributed.group distributed.launch
+distributed.failure distributed.repoint
+distributed.environment distributed
 types modes metrics
 updates
 state feed
 limits device output opening
-check outcome window interrupt seed position
-nested plain extras rng data.order data.samples data.watch
+check checked outcome window interrupt seed position
+nested plain extras rng data.order data.samples data.watch ranks
 errors exact data.epoch data
 """.split("\n")[1:-1]
 
