@@ -209,8 +209,9 @@ def refuse(order: Order, position: Position, batch: int) -> NoReturn:
 
 def persists(data: object) -> bool:
     """Whether the workers of a loader outlive an epoch."""
-    read = data.read if isinstance(data, Part) else data
-    return bool(getattr(read, "persistent_workers", False)) and isinstance(read, DataLoader)
+    read: Any = data.read if isinstance(data, Part) else data
+    torchs_own = isinstance(read, DataLoader) and not is_stateful(read)
+    return torchs_own and bool(read.persistent_workers)
 
 
 def lives(data: object) -> bool:

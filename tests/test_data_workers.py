@@ -4,11 +4,13 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import loopkit as lk
 import pytest
 import torch
+from loopkit.data.watch import end_workers
 from torch.utils.data import DataLoader, Dataset
 
 from feeds import children, mean_output, tiny_state
@@ -154,3 +156,18 @@ def test_the_users_own_worker_init_is_called(capfd):
     ]
     assert len(list_of) == 4
     assert sorted(capfd.readouterr().out.split("\n"))[-2:] == ["worker 0 began", "worker 1 began"]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_looking_after_workers_leaves_no_threads(persistent):
+    """A thread looks after the workers of a loader, and ends with them."""
+    before = {*threading.enumerate()}
+    data = DataLoader([torch.ones(1)] * 4, num_workers=1, persistent_workers=persistent)
+    for epoch in range(1, 4):
+        for _ in lk.run(mean_output, tiny_state(), data, max_epochs=1):
+            pass
+        guards = [t for t in {*threading.enumerate()} - before if "_guard" in t.name]
+        assert len(guards) == persistent, epoch
+    if persistent:
+        end_workers(data._iterator)
+    assert not [t for t in {*threading.enumerate()} - before if "_guard" in t.name]

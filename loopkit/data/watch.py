@@ -61,7 +61,9 @@ def watch(batches: Any, timeout_s: float) -> None:
     Raises:
         DataError: Then, from its `next`: with the worker's name, process id, and stack.
     """
-    if all(hasattr(batches, name) for name in ("_try_get_data", "_get_data", "_workers")):
+    names = ("_try_get_data", "_get_data", "_workers")
+    watched = isinstance(getattr(batches, "_get_data", None), Watch)  # of workers that persist
+    if not watched and all(hasattr(batches, name) for name in names):
         watching = Watch(weakref.ref(batches), timeout_s)
         vars(batches)["_get_data"] = watching
         watching.guard = threading.Thread(target=_guard, args=(watching,), daemon=True)
@@ -185,7 +187,7 @@ def end_workers(batches: Any) -> None:
     impatience.daemon = True
     if workers:
         impatience.start()
-    watching = vars(batches).get("_get_data")
+    watching = getattr(batches, "_get_data", None)
     if isinstance(watching, Watch):
         watching.over.set()
     try:
