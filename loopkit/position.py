@@ -159,6 +159,8 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
         DataError: If the place cannot be found in this data.
     """
     order = order_of(data)
+    if position.start is None:  # of a list: nothing is known but the batches
+        position.counts, position.size = order.counts, order.size
     if not position.interrupted(epoch, batch) or same_place(order, position):
         return batch
     movable = order.counts == "samples" or (
