@@ -11,6 +11,7 @@ from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
+from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -70,6 +71,8 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.data.collate import pad_collate
+    from loopkit.data.lengths import group_by_length
     from loopkit.debug.memory import find_batch_size
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
@@ -113,6 +116,8 @@ _LATER = {
     "loopkit.debug.overflow": ("detect_overflow",),
     "loopkit.debug.rates": ("LrCurve", "find_lr"),
     "loopkit.debug.rehearse": ("Rehearsal", "fast_dev_run", "overfit", "sanity_check"),
+    "loopkit.data.collate": ("pad_collate",),
+    "loopkit.data.lengths": ("group_by_length",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -218,6 +223,7 @@ __all__ = [
     "fast_dev_run",
     "find_batch_size",
     "find_lr",
+    "group_by_length",
     "inverse_sqrt",
     "launch",
     "linear",
@@ -225,6 +231,7 @@ __all__ = [
     "load_weights",
     "overfit",
     "own",
+    "pad_collate",
     "param_groups",
     "plot_schedule",
     "polynomial",
@@ -236,6 +243,7 @@ __all__ = [
     "run",
     "sanity_check",
     "seed_everything",
+    "seeded",
     "sharded",
     "to_device",
     "train_step",

@@ -31,6 +31,7 @@ optim
 run predict
 observe
 evaluate
+data.lengths data.collate
 decorators parallel.decorator
 compose
 step
@@ -60,10 +61,10 @@ parallel.environment parallel
 types modes metrics
 updates every stop
 state feed
-limits device output
+limits device output opening
 check checked outcome window interrupt seed position
-nested plain extras rng data.order data ranks
-errors exact
+nested plain extras rng data.order data.samples data.watch ranks
+errors exact data.epoch data
 """.split("\n")[1:-1]
 
 
