@@ -25,6 +25,7 @@ from loopkit.errors import (
     CompositionError,
     DamageError,
     DataError,
+    LogWarning,
     LoopkitError,
     MissingExtraError,
     NonFiniteError,
@@ -32,7 +33,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
-from loopkit.observe.progress import progress
+from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
@@ -51,6 +52,7 @@ from loopkit.types import (
     Verdict,
     WindowSize,
 )
+from loopkit.updates import adaptor
 from loopkit.window import MicroBatches, Window, windows
 
 if TYPE_CHECKING:
@@ -59,6 +61,18 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.observe.console import Console
+    from loopkit.observe.files import CSV, JSONL
+    from loopkit.observe.log import Log
+    from loopkit.observe.monitor import device_stats, learning_rates
+    from loopkit.observe.plot import plot
+    from loopkit.observe.profile import profile
+    from loopkit.observe.record import Record
+    from loopkit.observe.sink import Sink
+    from loopkit.observe.summary import summary
+    from loopkit.observe.throughput import throughput
+    from loopkit.observe.timing import Timing
+    from loopkit.observe.trackers import MLflow, TensorBoard, WandB
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -86,6 +100,18 @@ _LATER = {
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.observe.console": ("Console",),
+    "loopkit.observe.files": ("CSV", "JSONL"),
+    "loopkit.observe.log": ("Log",),
+    "loopkit.observe.monitor": ("device_stats", "learning_rates"),
+    "loopkit.observe.plot": ("plot",),
+    "loopkit.observe.profile": ("profile",),
+    "loopkit.observe.record": ("Record",),
+    "loopkit.observe.sink": ("Sink",),
+    "loopkit.observe.summary": ("summary",),
+    "loopkit.observe.throughput": ("throughput",),
+    "loopkit.observe.timing": ("Timing",),
+    "loopkit.observe.trackers": ("MLflow", "TensorBoard", "WandB"),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -118,6 +144,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CSV",
+    "JSONL",
     "Apply",
     "Around",
     "Backward",
@@ -128,29 +156,40 @@ __all__ = [
     "Checkpointer",
     "CombinedOptimizer",
     "CompositionError",
+    "Console",
     "DamageError",
     "DataError",
     "Decorator",
     "Forward",
     "GradientsOf",
+    "Log",
+    "LogWarning",
     "LoopkitError",
+    "MLflow",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Recompute",
+    "Record",
     "Restored",
     "Run",
+    "Sink",
     "Split",
     "Step",
     "StepFunction",
+    "TensorBoard",
+    "Timing",
     "TrainState",
     "Transform",
     "UsageError",
     "Verdict",
+    "WandB",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "adaptor",
+    "bar",
     "compose",
     "configure_optimizer",
     "constant",
@@ -158,24 +197,30 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "device_stats",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "learning_rates",
     "linear",
     "load_best",
     "load_weights",
     "own",
     "param_groups",
+    "plot",
     "plot_schedule",
     "polynomial",
     "predict",
     "prefetch",
+    "profile",
     "progress",
     "run",
     "seed_everything",
+    "summary",
+    "throughput",
     "to_device",
     "train_step",
     "warmup",

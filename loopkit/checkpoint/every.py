@@ -28,8 +28,8 @@ class Every:
     _since: float = attrs.field(factory=time.monotonic)
 
     @classmethod
-    def of(cls, every: Interval) -> "Every":
-        """Read what the user wrote.
+    def of(cls, every: Interval, wrote: str = "Checkpointer(dir") -> "Every":
+        """Read what the user wrote; `wrote` is what stands before it, for errors.
 
         Raises:
             UsageError: If it is no interval.
@@ -41,8 +41,8 @@ class Every:
         if every == "epoch":
             return cls()
         if isinstance(every, str | datetime.timedelta):
-            return cls(seconds=_seconds(every))
-        return cls(steps=at_least_one(f"Checkpointer(dir, every={every!r})", "every", every))
+            return cls(seconds=_seconds(every, wrote))
+        return cls(steps=at_least_one(f"{wrote}, every={every!r})", "every", every))
 
     def is_due(self, state: TrainState) -> bool:
         """Whether to save after this update."""
@@ -56,7 +56,7 @@ class Every:
         return due
 
 
-def _seconds(every: str | datetime.timedelta) -> float:
+def _seconds(every: str | datetime.timedelta, wrote: str) -> float:
     if isinstance(every, datetime.timedelta):
         value = every.total_seconds()
     else:
@@ -64,7 +64,7 @@ def _seconds(every: str | datetime.timedelta) -> float:
         value = float(match[1]) * UNITS[match[2]] if match else 0.0
     if value <= 0:
         raise UsageError(
-            f"Checkpointer(dir, every={every!r})",
+            f"{wrote}, every={every!r})",
             "no interval above 0",
             'a number of updates (500), a time ("30s", "10min", "2h"), or "epoch"',
         )
