@@ -71,10 +71,10 @@ class File(Sink):
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with file:  # closed, though the disk may refuse what is left
+                os.fsync(file.fileno())
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Put these rows in the file's place, in one step, and go on behind them."""

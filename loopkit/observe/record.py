@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import unicodedata
 from argparse import Namespace
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -23,12 +22,12 @@ _USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
 # What tokens of widely used services look like, wherever they stand in a text.
 _TOKENS = re.compile(
     r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA)[A-Za-z0-9_\-]{12,}"
-    r"|\beyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]+"
+    r"|\beyJ[\w\-]{4,}\.[\w\-]{4,}\.[\w\-]+"
     r"|(?i:\bbearer\s+)\S{8,}"
 )
 # password=..., api_key: ... within a text
 _ASSIGNED = re.compile(
-    r"(?i)(\b[\w\-]*(?:token|secret|password|passwd|pwd|api_?key|access_?key|credentials?)"
+    r"(?i)(\b[\w\-]*(?:token|secret|password|passwd|pwd|api[_-]?key|access[_-]?key|credentials?)"
     r"[\"']?\s*[=:]\s*[\"']?)([^\s\"',;&]+)"
 )
 
@@ -61,18 +60,15 @@ class Record:
 
 
 def escaped(text: str) -> str:
-    r"""The text on one line: control characters, and those that reorder text, are spelled out.
+    r"""The text on one line: what is not printable, or reorders text, is spelled out.
 
     Example:
         >>> print(escaped("loss\n\x1b[31m"))
         loss\n\x1b[31m
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    return "".join(_spelled(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
-
-
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return "".join(c if c.isprintable() else _spelled(c) for c in text)
 
 
 def _spelled(character: str) -> str:
