@@ -3,6 +3,7 @@
 import cProfile
 import io
 import pstats
+import warnings
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,11 @@ def _by_torch(
     ) as profiler:
         for state in run:
             yield state
-            profiler.step()
+            with warnings.catch_warnings():
+                # Where warnings are errors this one, of the second cycle, would leave torch's
+                # profiler half started, which crashes the process when it stops (torch 2.13).
+                warnings.filterwarnings("ignore", message=".*clears events at the end of each")
+                profiler.step()
 
 
 def _by_python(run: Iterable[TrainState], found: Profile) -> Generator[TrainState]:
