@@ -62,7 +62,9 @@ def test_a_break_ends_what_is_within():
         finally:
             ended.append(True)
 
-    for state in lk.throughput(noting(lk.run(classifier, make_state(), make_batches(), max_steps=5))):
+    for state in lk.throughput(
+        noting(lk.run(classifier, make_state(), make_batches(), max_steps=5))
+    ):
         if state.step == 2:
             break
     assert ended == [True]

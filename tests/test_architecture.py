@@ -28,7 +28,7 @@ run predict
 observe.log observe.plot
 observe.delivery observe.console observe.trackers observe.progress observe.timing observe.throughput
 observe.profile observe.summary observe.monitor
-observe.files observe.display observe.fetch observe.peak
+observe.files observe.display observe.fetch observe.flops observe.peak
 observe.sink
 observe.record observe.rank observe.stopwatch
 observe

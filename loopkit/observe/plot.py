@@ -34,7 +34,8 @@ def plot(
         metrics: Which, such as `["loss", "val/loss"]`; by default all.
         x: `"step"`, `"epoch"`, `"samples"`, or `"time"`, in minutes since the run's first record.
         smooth: From 0 to 1: how much of the average so far each point keeps; the points
-            themselves stay, pale.
+            themselves stay, pale. Learning rates, and curves of fewer than 30 points, are no
+            noise, and stay as they are.
 
     Returns:
         The path.
@@ -146,8 +147,12 @@ def _draw(
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         _draw_panel(axis, title, names, found, smooth)
         axis.set_xlabel(label)
+    shown = axes[: len(panels)]
     for axis in axes[len(panels) :]:
         axis.remove()
+    ends = [axis.get_xlim() for axis in shown]
+    for axis in shown:  # one scale, for panels are compared
+        axis.set_xlim(min(low for low, _ in ends), max(high for _, high in ends))
     return figure
 
 
@@ -163,12 +168,13 @@ def _draw_panel(
         for style, name in enumerate(n for n in names if n in curves):
             label = " ".join([run] * (len(found) > 1) + [name] * (len(names) > 1))
             one = len(found) == 1
+            keep = 0.0 if _is_exact(name, curves[name]) else smooth
             _draw_curve(
-                axis, curves[name], smooth, label, f"C{(style if one else colour) % 10}",
+                axis, curves[name], keep, label, f"C{(style if one else colour) % 10}",
                 "-" if one else ("-", "--", ":", "-.")[style % 4],
             )  # fmt: skip
             lines += 1
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title if len(names) > 1 else names[0], fontsize=11)
     axis.grid(alpha=0.3)
     axis.margins(x=0.02)
     axis.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -189,6 +195,10 @@ def _draw_curve(
         axis.plot(xs, finite, **settings, linewidth=1.6, label=label)
     if lost := [x for x, y in zip(xs, ys, strict=True) if not math.isfinite(y)]:
         axis.plot(lost, [0.97] * len(lost), "x", color=colour, transform=axis.get_xaxis_transform())
+
+
+def _is_exact(name: str, curve: Curve) -> bool:
+    return len(curve[0]) < 30 or name.partition("/")[0] == "lr"
 
 
 def _smoothed(ys: list[float], keep: float) -> list[float]:

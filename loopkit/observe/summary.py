@@ -8,12 +8,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
 from loopkit.errors import UsageError
 from loopkit.modes import eval_modes, untouched_rng
 from loopkit.nested import leaves_of
 from loopkit.observe.display import amount
+from loopkit.observe.flops import flop_counter
 from loopkit.state import TrainState
 
 WIDE = 34  # characters of a layer's name and type
@@ -170,12 +170,13 @@ def _row(
 
 def _run(state: TrainState, batch: Any) -> tuple[dict[str, tuple[int, ...] | None], dict[str, int]]:
     model, shapes = state.model, dict[str, tuple[int, ...] | None]()
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with (
         eval_modes(state),
         untouched_rng(state.device),
         torch.no_grad(),
         _shapes_noted(model, shapes),
+        _layers_called_singly(),
         counter,
     ):
         if isinstance(batch, Mapping):
@@ -186,6 +187,17 @@ def _run(state: TrainState, batch: Any) -> tuple[dict[str, tuple[int, ...] | Non
     root = type(model).__name__  # what the counter calls the model; a layer is `Root.0.weight`
     whole = counter.get_total_flops()
     return shapes, {k.removeprefix(f"{root}."): v for k, v in counts.items()} | {"": whole}
+
+
+@contextlib.contextmanager
+def _layers_called_singly() -> Iterator[None]:
+    """Attention in eval mode skips its layers for one operation that the counter does not know."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from loopkit.check import at_least_one, one_of, positive
 from loopkit.errors import UsageError
 from loopkit.observe.fetch import Fetched, fetch
+from loopkit.observe.flops import flop_counter
 from loopkit.observe.peak import peak_flops
 from loopkit.observe.stopwatch import Mark, is_past, mark, since
 from loopkit.state import TrainState
@@ -60,7 +61,7 @@ class Meter:
     def counting(self) -> AbstractContextManager[Any]:
         """The context of the first update, whose FLOPs may have to be counted."""
         if self.flops == "count" and self._flops_each is None:
-            return FlopCounterMode(display=False)
+            return flop_counter()
         return nullcontext()
 
     def learn(self, state: TrainState, counter: object) -> None:

@@ -99,9 +99,9 @@ def test_logging_changes_nothing_of_the_training(tmp_path):
     torch.manual_seed(3)
     list(lk.run(classifier, plain, make_batches(), max_epochs=2))
     torch.manual_seed(3)
+    run = lk.run(classifier, logged, make_batches(), max_epochs=2)
     with lk.Log(tmp_path, "jsonl", "csv") as log:
-        list(lk.progress(log.wrap(lk.run(classifier, logged, make_batches(), max_epochs=2), every=1),
-                         file=io.StringIO()))  # fmt: skip
+        list(lk.progress(log.wrap(run, every=1), file=io.StringIO()))
     assert all(map(torch.equal, plain.model.parameters(), logged.model.parameters()))
 
 
@@ -176,9 +176,7 @@ def test_a_resumed_run_drops_what_its_checkpoint_has_not_seen(tmp_path, name):
     assert logged_steps(file) == [*range(1, 22)]
     first = {row["step"]: row["loss"] for row in (lines(file) if name == "jsonl" else rows(file))}
     through = make_state()
-    losses = [
-        float(s.loss) for s in lk.run(classifier, through, make_batches(), max_epochs=3)
-    ]
+    losses = [float(s.loss) for s in lk.run(classifier, through, make_batches(), max_epochs=3)]
     assert [float(loss) for loss in first.values()] == losses
 
 
@@ -337,10 +335,9 @@ class Failing(lk.Sink):
 def test_a_sink_that_fails_is_told_once_and_the_run_goes_on(tmp_path, place):
     """Whatever a sink raises, wherever: one warning, the other sinks complete, the run too."""
     sink = Failing(OSError("disk full at https://me:hunter2@host"), at=(place,))
-    with pytest.warns(lk.LogWarning) as warned:
-        with lk.Log(tmp_path, sink, "jsonl") as log:
-            run = lk.run(classifier, make_state(), make_batches(), max_epochs=1)
-            assert len([*log.wrap(run, every=1)]) == 7
+    run = lk.run(classifier, make_state(), make_batches(), max_epochs=1)
+    with pytest.warns(lk.LogWarning) as warned, lk.Log(tmp_path, sink, "jsonl") as log:
+        assert len([*log.wrap(run, every=1)]) == 7
     (warning,) = warned
     assert "Failing failed (OSError: disk full" in str(warning.message)
     assert "hunter2" not in str(warning.message)
@@ -353,7 +350,7 @@ def test_a_failing_sink_is_asked_ever_less_often(tmp_path, monkeypatch):
     monkeypatch.setattr("loopkit.observe.delivery.time.monotonic", lambda: now[0])
     sink = Failing(OSError("away"), at=("write",))
     state = make_state()
-    with pytest.warns(lk.LogWarning) as warned, lk.Log(tmp_path, sink) as log:
+    with pytest.warns(lk.LogWarning) as warned, lk.Log(tmp_path, sink) as log:  # noqa: PT031
         for step in range(1, 101):
             now[0] = float(step)
             log(at(step, state), loss=1.0)
@@ -374,9 +371,10 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path):
         def open(self, run):
             self.path = full
 
-    with pytest.warns(lk.LogWarning, match="No space left"):
-        with lk.Log(tmp_path, OnFullDisk(), "csv") as log:
-            list(log.wrap(lk.run(classifier, make_state(), make_batches(), max_epochs=1), every=1))
+    run = lk.run(classifier, make_state(), make_batches(), max_epochs=1)
+    full_disk = pytest.warns(lk.LogWarning, match="No space left")
+    with full_disk, lk.Log(tmp_path, OnFullDisk(), "csv") as log:
+        list(log.wrap(run, every=1))
     assert logged_steps(tmp_path / "metrics.csv") == [*range(1, 8)]
 
 
@@ -389,7 +387,7 @@ HOSTILE = st.text(st.characters(codec=None), min_size=1, max_size=20)
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(HOSTILE.filter(lambda n: n != "state"), HOSTILE | st.floats(), max_size=4))
 def test_each_record_stays_one_line_whatever_it_is_called(tmp_path_factory, values):
-    """Newlines, escapes and the like in names and text: one line of JSON, one row, one line shown."""
+    """Newlines and escapes in names and text: one line of JSON, one row, one line shown."""
     folder = tmp_path_factory.mktemp("log")
     shown = []
     console = lk.Console()
@@ -408,18 +406,19 @@ def test_secrets_and_environments_are_nowhere_in_the_folder(tmp_path, monkeypatc
 
     @dataclasses.dataclass
     class Hub:
-        hub_token: str = "s3cr3t-hub"
+        hub_token: str = "s3cr3t-hub"  # noqa: S105 - seeded
         url: str = "https://me:s3cr3t-url@host/x"
 
     config = {
         "lr": 0.1, "max_tokens": 512, "tokenizer": "bpe", "environment": os.environ,
-        "env": os.environ, "hub": Hub(), "argv": ["--api-key=s3cr3t-argv"], "db": {"password": 7777},
-        "options": Namespace(secret_key="s3cr3t-space"), "credentials": {"any": "s3cr3t-inner"},
+        "env": os.environ, "hub": Hub(), "argv": ["--api-key=s3cr3t-argv"],
+        "db": {"password": 7777},
+        "options": Namespace(secret_key="s3cr3t-space"),  # noqa: S106 - seeded
+        "credentials": {"any": "s3cr3t-inner"},
     }  # fmt: skip
-    with pytest.warns(lk.LogWarning):
-        with lk.Log(tmp_path, "jsonl", "csv", Failing(ValueError("token=s3cr3t-error")),
-                    config=config) as log:  # fmt: skip
-            log(at(1), api_key="s3cr3t-value", note="Bearer s3cr3t-bearer", n_tokens=3)
+    log = lk.Log(tmp_path, "jsonl", "csv", Failing(ValueError("token=s3cr3t-error")), config=config)
+    with pytest.warns(lk.LogWarning), log:
+        log(at(1), api_key="s3cr3t-value", note="Bearer s3cr3t-bearer", n_tokens=3)
     for path in tmp_path.rglob("*"):
         assert "s3cr3t" not in path.read_text(), path
     kept = json.loads((tmp_path / "config.json").read_text())
@@ -467,7 +466,8 @@ def test_one_rank_writes(tmp_path):
         torch.distributed.init_process_group("gloo")
         state = lk.TrainState(torch.nn.Linear(1, 1))
         opened = []
-        with lk.Log({str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}", lk.CSV(), opened.append) as log:
+        folder = {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}"
+        with lk.Log(folder, lk.CSV(), opened.append) as log:
             for state in lk.progress(log.wrap([state], every=1)):
                 log(state, loss=1.0)
         print(torch.distributed.get_rank(), len(opened), flush=True)

@@ -18,7 +18,10 @@ def write(folder, rows):
 def curve(folder, scale=1.0):
     return write(
         folder,
-        [{"step": n, "time": 60.0 * n, "samples": 8 * n, "loss": scale / n, "lr": 0.1} for n in range(1, 9)]
+        [
+            {"step": n, "time": 60.0 * n, "samples": 8 * n, "loss": scale / n, "lr": 0.1}
+            for n in range(1, 9)
+        ]
         + [{"step": 8, "time": 480.0, "val/loss": scale / 4, "note": "text"}],
     )
 
@@ -29,7 +32,9 @@ def figure(monkeypatch):
     from matplotlib.figure import Figure
 
     drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
     return lambda: {axis.get_title(): axis for axis in drawn[-1].axes}
 
 
@@ -72,7 +77,9 @@ def test_the_axis_may_be_samples_or_minutes(tmp_path, figure, x, last):
 
 def test_smoothing_starts_without_a_pull(tmp_path, figure):
     """The average is a weighted mean of the points so far; the first is the first."""
-    lk.plot(curve(tmp_path / "a"), metrics=["loss"], smooth=0.5)
+    rows = [{"step": n, "loss": 1 / n, "lr": 0.1 / n} for n in range(1, 41)]
+    lk.plot(write(tmp_path / "a", rows), smooth=0.5)
+    assert len(figure()["lr"].get_lines()) == 1  # no noise, nothing to smooth
     raw, smooth = (line.get_data()[1] for line in figure()["loss"].get_lines())
     assert smooth[0] == raw[0]
     assert smooth[1] == pytest.approx((0.5 * raw[0] + raw[1]) / 1.5)

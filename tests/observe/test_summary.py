@@ -28,7 +28,7 @@ def by_name(summary):
 
 
 def test_shapes_parameters_and_flops_are_right():
-    """Against what one reckons by hand: 2 N H W C_out C_in k^2 for the convolution, 2 N m n after."""
+    """As reckoned by hand: 2 N H W C_out C_in k^2 for the convolution, 2 N m n after it."""
     net = Net()
     net.body[1].requires_grad_(False)
     rows = by_name(found := lk.summary(net, IMAGES))
@@ -47,6 +47,18 @@ def test_shared_parameters_count_once():
     """A tied weight is one parameter of the model, though two layers have it."""
     model = Tied()
     assert lk.summary(model).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_attention_is_counted():
+    """A transformer layer: projections, scores, values and the two layers after, by hand."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    found = lk.summary(layer, torch.zeros(2, 16, 64))
+    tokens = 2 * 16
+    linear = 2 * tokens * 64 * (3 * 64 + 64 + 2 * 128)
+    attention = 2 * 2 * 2 * 16 * 16 * 64  # queries with keys, scores with values
+    assert found.flops == linear + attention
+    assert by_name(found)["linear1"].shape == (2, 16, 128)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_model_is_left_as_it_was():

@@ -59,9 +59,7 @@ def test_padding_is_no_token(tick):
     for _, labels in batches:
         labels[3:] = -100
     step = slow(lk.with_grad_accum(2)(weighted_classifier).function, tick, itertools.repeat(0.5))
-    speed = lk.throughput(
-        lk.run(lk.with_grad_accum(2)(step), make_state(), batches, max_epochs=1)
-    )
+    speed = lk.throughput(lk.run(lk.with_grad_accum(2)(step), make_state(), batches, max_epochs=1))
     list(speed)
     assert speed.tokens_per_s == pytest.approx(6.0)  # one update of two micro-batches, three each
     assert speed.samples_per_s == pytest.approx(16.0)
@@ -92,6 +90,23 @@ def test_flops_are_counted_once_and_go_with_the_samples(tick):
     assert found[1]["flops_per_s"] == pytest.approx(16 * each / 0.5)
     assert found[2]["flops_per_s"] == pytest.approx(4 * each / 0.5)
     assert speed.mfu == pytest.approx(4 * each / 0.5 / 1e6)
+
+
+def test_attention_is_counted_forward_and_backward():
+    """On the CPU too: two products forward, five backward (one makes the scores again)."""
+
+    def step(state, x):
+        q, k, v = state.model(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).square().mean()
+
+    model = torch.nn.Linear(16, 48, bias=False)
+    state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    speed = lk.throughput(
+        lk.run(step, state, [torch.randn(3, 5, 16)] * 2, max_epochs=1), flops="count"
+    )
+    list(speed)
+    product, linear = 2 * 3 * 2 * 5 * 5 * 8, 2 * 15 * 16 * 48
+    assert speed._meter._flops_each == ("samples", (7 * product + 2 * linear) / 3)
 
 
 def test_counting_flops_changes_no_bit(tick):

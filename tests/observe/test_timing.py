@@ -76,7 +76,7 @@ def test_step_and_run_together_tell_everything_apart(tick):
 def test_windows_add_their_micro_batches(tick, outside):
     """Forward and backward of an update are those of all its micro-batches, and reading is data."""
     timing = lk.Timing(warmup=0)
-    step, state, data = training(tick)
+    step, state, _ = training(tick)
 
     class Sized(list):
         def __iter__(self):

@@ -115,7 +115,10 @@ def test_an_offline_run_of_wandb_holds_what_was_logged(wandb_offline):
     (file,) = wandb_offline.glob("wandb/offline-run-*/run-*.wandb")
     records = [*wandb_records(file)]
     rows = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in r.history.item
+        }
         for r in records
         if r.WhichOneof("record_type") == "history"
     ]
@@ -171,7 +174,7 @@ def steps(client, run, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_mlflows_store_holds_what_was_logged(tmp_path, store):
-    """The store, queried, has experiment, name, numbers, settings and an end; no user, no script."""
+    """The store, queried, has experiment, name, numbers, settings, an end; no user or script."""
     folder = tmp_path / "first"
     sink = lk.MLflow("digits", uri=store)
     with lk.Log(folder, sink, config={"lr": 0.1, "password": "s3cr3t"}) as log:
@@ -204,9 +207,9 @@ def test_a_resumed_run_of_mlflow_sends_nothing_twice(tmp_path, store):
 def test_a_store_that_is_not_there_costs_a_warning(tmp_path):
     """A store that cannot be opened: the run goes on, and one warning says so."""
     sink = lk.MLflow("digits", uri="nosuch://store")
-    with pytest.warns(lk.LogWarning, match="MLflow failed") as warned:
-        with lk.Log(tmp_path, sink, "jsonl") as log:
-            state = train_and_log(log)
+    warns = pytest.warns(lk.LogWarning, match="MLflow failed")
+    with warns as warned, lk.Log(tmp_path, sink, "jsonl") as log:
+        state = train_and_log(log)
     assert state.step == 6
     assert len([w for w in warned if w.category is lk.LogWarning]) == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
