@@ -97,11 +97,15 @@ def progress(
     if not is_main_rank():
         return Adapted(updates, _passed(updates))
     total = getattr(updates, "total_steps", None)
-    return Adapted(updates, _shown(updates, tuple(show), file or sys.stderr, every_s, total))
+    return Adapted(updates, _shown(updates, tuple(show), _file(file), every_s, total))
 
 
 def _passed(updates: Iterable[TrainState]) -> Generator[TrainState]:
     yield from updates
+
+
+def _file(given: Any) -> Any:
+    return sys.stderr if given is None else given
 
 
 def _display(file: Any, every_s: float, *, nested: bool = False) -> Display:
@@ -170,7 +174,7 @@ class Counted:
     def __iter__(self) -> Iterator[Any]:
         if not is_main_rank():
             return iter(self.data)
-        return _counted(self.data, self._label, self._every_s, self._file or sys.stderr)
+        return _counted(self.data, self._label, self._every_s, _file(self._file))
 
 
 def bar(
