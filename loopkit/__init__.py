@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.data.order import Uneven
+from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
@@ -30,11 +32,13 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    RankError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -49,11 +53,12 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
 from loopkit.updates import adaptor
-from loopkit.window import MicroBatches, Window, windows
+from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
     from loopkit.checkpoint.checkpointer import Checkpointer, load_best
@@ -61,6 +66,12 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.observe.console import Console
     from loopkit.observe.files import CSV, JSONL
     from loopkit.observe.log import Log
@@ -127,6 +138,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -145,6 +162,8 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CSV",
+    "DDP",
+    "FSDP",
     "JSONL",
     "Apply",
     "Around",
@@ -162,6 +181,7 @@ __all__ = [
     "Decorator",
     "Forward",
     "GradientsOf",
+    "KeepMicroBatches",
     "Log",
     "LogWarning",
     "LoopkitError",
@@ -170,6 +190,8 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Record",
     "Restored",
@@ -179,9 +201,12 @@ __all__ = [
     "Step",
     "StepFunction",
     "TensorBoard",
+    "TensorParallel",
     "Timing",
     "TrainState",
     "Transform",
+    "Uneven",
+    "Update",
     "UsageError",
     "Verdict",
     "WandB",
@@ -189,6 +214,7 @@ __all__ = [
     "Window",
     "WindowSize",
     "adaptor",
+    "agree",
     "bar",
     "compose",
     "configure_optimizer",
@@ -198,12 +224,14 @@ __all__ = [
     "create_optimizer",
     "device",
     "device_stats",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "launch",
     "learning_rates",
     "linear",
     "load_best",
@@ -217,8 +245,10 @@ __all__ = [
     "prefetch",
     "profile",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
+    "sharded",
     "summary",
     "throughput",
     "to_device",

@@ -14,6 +14,7 @@ from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
+from loopkit.ranks import ALONE, Ranks
 from loopkit.rng import rng_state, set_rng_state
 from loopkit.window import Ahead, MicroBatches
 
@@ -49,6 +50,7 @@ class TrainState:
         outcome: Losses and weights of the micro-batches of the last update.
         features: What the step's decorators keep, by name.
         window: The micro-batches of the last update, and how many they are.
+        ranks: The processes that train it together; see `distributed`.
         votes: Inside an update: 0-d tensors, 1 to skip it, 2 to raise; see `skip_if`.
         verdict: Inside an update: the largest vote, or None where nobody voted.
 
@@ -79,6 +81,7 @@ class TrainState:
     votes: list[Tensor] = attrs.field(factory=list)
     verdict: Tensor | None = None
     features: dict[str, Any] = attrs.field(factory=dict)
+    ranks: Ranks = ALONE
     # Bookkeeping of steps and runs
     pending: dict[str, Any] = attrs.field(factory=dict)  # restored before its feature was set up
     set_up: list[object] = attrs.field(factory=list)  # features whose set-up was run on this state
@@ -304,7 +307,8 @@ class TrainState:
             {},
             [],
         )
-        branch.set_up = [*self.set_up]
+        branch.ranks = ALONE  # what spreads it holds this model: the branch is spread anew
+        branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
         if branch.optimizer is not None:

@@ -33,7 +33,7 @@ observe.sink
 observe.record observe.rank observe.stopwatch
 observe
 evaluate
-decorators
+decorators distributed.decorator
 compose
 step
 setup places
@@ -48,12 +48,21 @@ checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
+distributed.tensor_parallel
+distributed.fsdp
+distributed.ddp
+distributed.zero
+distributed.group_ranks
+data.shard
+distributed.decisions distributed.group distributed.launch
+distributed.failure distributed.repoint
+distributed.environment distributed
 types modes metrics
 updates
 state feed
 limits device output
 check outcome window interrupt seed position
-nested plain extras rng
+nested plain extras rng data.order data ranks
 errors exact
 """.split("\n")[1:-1]
 

@@ -23,6 +23,7 @@ constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd p
 Checkpointer CheckpointOptions load_best export load_weights
 Log Sink Record CSV JSONL TensorBoard WandB MLflow Console bar adaptor throughput profile Timing
 summary plot learning_rates device_stats
+sharded Uneven distributed DDP FSDP TensorParallel launch agree reduce RankError
 """.split()
 
 
