@@ -67,13 +67,13 @@ def _copied(
     device: torch.device, tensors: dict[str, Tensor]
 ) -> tuple[list[str], Tensor, torch.Event]:
     wide = torch.float32 if device.type == "mps" else torch.float64
-    with torch.no_grad(), torch.device(device):
+    with torch.no_grad():
         stacked = torch.stack([value.detach().reshape(()).to(wide) for value in tensors.values()])
     # From a tensor of our own into memory of our own: whoever changes theirs changes nothing here.
     host = torch.empty(stacked.shape, dtype=wide, pin_memory=device.type == "cuda")
     host.copy_(stacked, non_blocking=True)
     arrived = torch.Event(device)
-    arrived.record()
+    arrived.record(torch.accelerator.current_stream(device))
     return [*tensors], host, arrived
 
 

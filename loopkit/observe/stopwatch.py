@@ -17,7 +17,7 @@ def mark(device: torch.device) -> Mark:
     if device.type in {"cpu", "meta"}:
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
-    event.record()
+    event.record(torch.accelerator.current_stream(device))
     return event
 
 

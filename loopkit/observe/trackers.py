@@ -183,6 +183,7 @@ class MLflow(Sink):
     name: str | None = attrs.field(default=None, kw_only=True)
     client: Any = attrs.field(default=None, init=False, repr=False)
     run_id: str | None = attrs.field(default=None, init=False)
+    _metric: Any = attrs.field(default=None, init=False, repr=False)
     _resumes: bool = attrs.field(default=False, init=False, repr=False)
     _sent: dict[str, int] = attrs.field(factory=dict, init=False, repr=False)
     _metrics: list[Any] = attrs.field(factory=list, init=False, repr=False)
@@ -198,6 +199,7 @@ class MLflow(Sink):
         """Make the experiment and the run, or go on with it."""
         mlflow = extra("mlflow", package="mlflow", wrote="lk.MLflow()")
         self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self._metric = mlflow.entities.Metric
         self.run_id = _run_id(run, "mlflow-run-id")
         self._resumes = self.run_id is not None
         if self.run_id is None:
@@ -212,12 +214,10 @@ class MLflow(Sink):
 
     def write(self, record: Record) -> None:
         """Take the numbers; text becomes a tag."""
-        from mlflow.entities import Metric
-
         milliseconds = int(record.time * 1000)
         for name, number in record.numbers().items():
             if record.step > self._last_sent(name):
-                self._metrics.append(Metric(_named(name), number, milliseconds, record.step))
+                self._metrics.append(self._metric(_named(name), number, milliseconds, record.step))
         for name, text in record.texts().items():
             self.client.set_tag(self.run_id, _named(name), text)
         late = time.monotonic() - self._sent_at > self.LONGEST_S

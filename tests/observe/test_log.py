@@ -540,3 +540,23 @@ def test_making_a_log_costs_nothing(tmp_path):
     )
     assert done.stdout == "[] 1\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_network_everything_local_works(tmp_path):
+    """Files, TensorBoard and the console need no socket: one that is opened would raise."""
+    script = textwrap.dedent(f"""
+        import socket, torch
+        def refused(*args, **settings):
+            raise AssertionError("a socket was opened")
+        socket.socket = socket.create_connection = refused
+        import loopkit as lk
+        state = lk.TrainState(torch.nn.Linear(1, 1))
+        with lk.Log({str(tmp_path)!r}, "jsonl", "csv", "tensorboard", "console") as log:
+            log(state, loss=1.0)
+        print(log.lost)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "0\n"
+    assert logged_steps(tmp_path / "metrics.jsonl") == [0]
