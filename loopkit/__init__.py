@@ -32,7 +32,9 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Preempted,
     RankError,
+    StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
@@ -61,10 +63,12 @@ from loopkit.updates import adaptor
 from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
-    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.best import load_best
+    from loopkit.checkpoint.checkpointer import Checkpointer
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
     from loopkit.distributed.ddp import DDP
     from loopkit.distributed.decisions import agree, reduce
@@ -106,10 +110,12 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
-    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.checkpointer": ("Checkpointer",),
+    "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
     "loopkit.observe.console": ("Console",),
     "loopkit.observe.files": ("CSV", "JSONL"),
@@ -190,6 +196,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Preempted",
     "RankError",
     "Ranks",
     "Recompute",
@@ -200,6 +207,7 @@ __all__ = [
     "Split",
     "Step",
     "StepFunction",
+    "StorageError",
     "TensorBoard",
     "TensorParallel",
     "Timing",
@@ -242,6 +250,7 @@ __all__ = [
     "plot_schedule",
     "polynomial",
     "predict",
+    "preemptible",
     "prefetch",
     "profile",
     "progress",

@@ -13,7 +13,7 @@ from torch import Tensor
 from loopkit.compose import eval_step
 from loopkit.data.order import Uneven
 from loopkit.device import prefetch
-from loopkit.errors import OutputError, UsageError
+from loopkit.errors import OutputError, Preempted, UsageError
 from loopkit.feed import counted, reading
 from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
@@ -87,6 +87,7 @@ def evaluate(
         UsageError: For metrics or limits that cannot be right.
         OutputError: If the step function returns neither a mapping nor a 0-d loss.
         DataError: For empty data.
+        Preempted: In a run that is `preemptible`, if it is asked to stop; its state is saved.
 
     Example:
         >>> state = TrainState(torch.nn.Linear(1, 1))
@@ -105,11 +106,17 @@ def evaluate(
         raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
     state.ranks.begin_evaluation(state.model)
-    with untouched_rng(state.device, named.values()), eval_modes(state):
-        for name, loader in named.items():
-            outputs = outputs_of(lifted, state, loader, limit_batches, _gradless(inference_mode))
-            found = _measure(outputs, measures, state)
-            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    try:
+        with untouched_rng(state.device, named.values()), eval_modes(state):
+            for name, loader in named.items():
+                context = _gradless(inference_mode)
+                outputs = outputs_of(lifted, state, loader, limit_batches, context)
+                found = _measure(outputs, measures, state)
+                scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    except Preempted:
+        if state.preemption is not None:
+            state.preemption.save()  # only now are modes and random numbers those of the training
+        raise
     return scores
 
 
@@ -123,8 +130,10 @@ def outputs_of(
     data: Iterable[Any],
     limit_batches: float | None,
     context: Context,
-) -> Iterator[tuple[Any, Any]]:
-    """Each batch with what the step function made of it, within a context of its own.
+) -> Iterator[tuple[Any, Any, bool]]:
+    """Each batch, what the step function made of it, and whether it only fills a round.
+
+    The step function runs within a context of its own.
 
     Raises:
         UsageError: At once, for a limit that cannot be right.
@@ -148,7 +157,7 @@ def _outputs(
     data: Iterable[Any],
     take: Callable[[Iterator[Any]], Iterator[Any]],
     context: Context,
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Any, Any, bool]]:
     some = False
     with reading(data) as batches:
         for batch in prefetch(take(batches), state.device):
@@ -157,19 +166,22 @@ def _outputs(
                 batch, filler = batch.batch, batch.filler  # noqa: PLW2901
             with context(), step.around(state, True):
                 output = step.forward(state, batch)
-            if not filler:
-                yield batch, output
+            yield batch, output, filler
+            if state.preemption is not None:  # on all ranks alike, after each round
+                state.preemption.poll()
     if not some:
         raise empty(data, "no batch to evaluate")
 
 
 def _measure(
-    outputs: Iterator[tuple[Any, Any]], measures: list[Meter], state: TrainState
+    outputs: Iterator[tuple[Any, Any, bool]], measures: list[Meter], state: TrainState
 ) -> dict[str, float]:
     means: dict[str, Mean] = {}
     for meter in measures:
         meter.start(state.device)
-    for batch, output in outputs:
+    for batch, output, filler in outputs:
+        if filler:
+            continue
         mapping = _mapping_of(output)
         weight = mapping.get("weight")
         _add_means(means, mapping, batch_size(batch) if weight is None else read_weight(weight))

@@ -31,6 +31,11 @@ class Ranks:
     shards_tensors: bool = False
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return True
+
+    @property
     def is_first(self) -> bool:
         """Whether this process is the one that writes and speaks for all."""
         return self.rank == 0
@@ -47,8 +52,8 @@ class Ranks:
         """This rank's part of some data."""
         return data
 
-    def agree(self, flag: bool) -> bool:
-        """True on all ranks where it is true on any; waits for all."""
+    def agree(self, flag: int) -> int:
+        """The largest number of any rank, so true on all where it is on any; waits for all."""
         return flag
 
     def from_first(self, value: Any) -> Any:
@@ -74,6 +79,17 @@ class Ranks:
     def unsynced(self) -> AbstractContextManager[Any]:
         """A context in which gradients add up on each rank by itself."""
         return _NOTHING
+
+    def whole(self, state: Any) -> Any:
+        """`state.state_dict()` as of one process, on the first rank; all have to call it."""
+        return state.state_dict()
+
+    def fitted(self, state: Any, state_dict: Any) -> Any:  # noqa: ARG002
+        """A whole state dict as this rank's part of the state takes it."""
+        return state_dict
+
+    def settle(self, state: Any) -> None:
+        """What follows loading a state dict."""
 
     def begin_evaluation(self, model: torch.nn.Module) -> None:
         """Make what only one rank's copy has right the same on all: buffers."""

@@ -86,7 +86,7 @@ class Loop:
         state.graph, state.window = None, ((), 0)  # the last batch need not outlive the run
 
     def _is_over(self, deadline: float) -> bool:
-        return self.state.ranks.agree(time.monotonic() >= deadline)
+        return bool(self.state.ranks.agree(time.monotonic() >= deadline))
 
     def _start(self) -> None:
         state = self.state

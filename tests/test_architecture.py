@@ -38,12 +38,14 @@ compose
 step
 setup places
 feature
+checkpoint.preemption
 checkpoint.checkpointer
-checkpoint.saver checkpoint.saving checkpoint.export
+checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
 checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
 checkpoint.difference
-checkpoint.read checkpoint.commit
+checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
+checkpoint.remote
 checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
@@ -51,9 +53,9 @@ checkpoint
 distributed.tensor_parallel
 distributed.fsdp
 distributed.ddp
-distributed.zero
 distributed.group_ranks
-data.shard
+distributed.whole data.shard
+distributed.zero
 distributed.decisions distributed.group distributed.launch
 distributed.failure distributed.repoint
 distributed.environment distributed
@@ -61,7 +63,7 @@ types modes metrics
 updates
 state feed
 limits device output
-check outcome window interrupt seed position
+check checked outcome window interrupt seed position
 nested plain extras rng data.order data ranks
 errors exact
 """.split("\n")[1:-1]

@@ -48,6 +48,19 @@ class Parallelize:
         if join(self.timeout_s):
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            _check_start(state)
+            if state.restored_rng is not None:
+                state.take_rng()
+
+
+def _check_start(state: TrainState) -> None:
+    steps = state.ranks.gather(state.step)
+    if len({*steps}) > 1:
+        raise UsageError(
+            "a state on several ranks",
+            f"updates made before, by rank: {steps}",
+            "checkpoints in a folder that all hosts share, and the same restore on every rank",
+        )
 
 
 @attrs.frozen

@@ -1,6 +1,6 @@
 """Ranks that talk through a process group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loopkit.data.shard import sharded
-from loopkit.distributed.decisions import agree, host_device
+from loopkit.distributed.decisions import host_device
 from loopkit.distributed.failure import guarded
+from loopkit.distributed.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
+from loopkit.state import TrainState
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -32,6 +34,11 @@ class GroupRanks(Ranks):
     _shared: tuple[Any, str, Any] = (None, "", None)
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return False
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process of rank 0 among all."""
         return dist.get_rank() == 0
@@ -46,9 +53,9 @@ class GroupRanks(Ranks):
         guarded(dist.all_reduce, "a vote of ranks", tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def agree(self, flag: bool) -> bool:
-        """True on all ranks where it is true on any; waits for all."""
-        return agree(flag)
+    def agree(self, flag: int) -> int:
+        """The largest number of any rank, so true on all where it is on any; waits for all."""
+        return int(self.largest(torch.tensor(float(flag), device=host_device())))
 
     def share(self, data: Any, uneven: str | None = None) -> Any:
         """This rank's part of some data: of its batches every `size`-th."""
@@ -81,6 +88,18 @@ class GroupRanks(Ranks):
         if not self.shards_tensors:
             return tensors
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def whole(self, state: TrainState) -> Any:
+        """`state.state_dict()` as of one process, on the first rank; None on the others."""
+        return whole(state)
+
+    def fitted(self, state: TrainState, state_dict: Mapping[str, Any]) -> Any:
+        """A whole state dict as this rank's part of the state takes it."""
+        return fitted(state, state_dict)
+
+    def settle(self, state: TrainState) -> None:
+        """What follows loading a state dict."""
+        settle(state)
 
     @contextmanager
     def among(self, flag: bool) -> Iterator[Any]:

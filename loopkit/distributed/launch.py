@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def _results(call: str, started: list[Any], timeout_s: float | None) -> list[Any
     deadline = time.monotonic() + (timeout_s or float("inf"))
     while len(found) + len(failed) < len(started) and time.monotonic() < deadline:
         waiting = {r: pair for r, pair in enumerate(started) if r not in found and r not in failed}
-        mp.connection.wait([pipe for _, pipe in waiting.values()], timeout=0.2)  # type: ignore[attr-defined]
+        wait([pipe for _, pipe in waiting.values()], timeout=0.2)
         for rank, (process, pipe) in waiting.items():
             if pipe.poll():
                 _take(rank, process, pipe, found, failed)
