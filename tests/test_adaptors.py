@@ -26,6 +26,7 @@ def adaptors(folder):
         "timing": lk.Timing(),
         "profile": lambda run: lk.profile(run, folder / "profile", kind="python"),
         "checkpoints": checkpoints.wrap,
+        "preemptible": lambda run: lk.preemptible(run, checkpoints),
         "log": lambda run: log.wrap(run, every=2),
         "own": lambda run: noted(run, []),
     }
@@ -33,7 +34,8 @@ def adaptors(folder):
 
 PAIRS = list(
     itertools.permutations(
-        ["progress", "throughput", "timing", "profile", "checkpoints", "log", "own"], 2
+        ["progress", "throughput", "timing", "profile", "checkpoints", "preemptible", "log", "own"],
+        2,
     )
 )
 
