@@ -38,6 +38,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.every import every
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
@@ -45,6 +46,7 @@ from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
 from loopkit.step import Step
+from loopkit.stop import EarlyStopping
 from loopkit.types import (
     Apply,
     Around,
@@ -70,6 +72,10 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.debug.memory import find_batch_size
+    from loopkit.debug.overflow import detect_overflow
+    from loopkit.debug.rates import LrCurve, find_lr
+    from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
     from loopkit.observe.console import Console
     from loopkit.observe.files import CSV, JSONL
     from loopkit.observe.log import Log
@@ -129,6 +135,10 @@ _LATER = {
     "loopkit.observe.throughput": ("throughput",),
     "loopkit.observe.timing": ("Timing",),
     "loopkit.observe.trackers": ("MLflow", "TensorBoard", "WandB"),
+    "loopkit.debug.memory": ("find_batch_size",),
+    "loopkit.debug.overflow": ("detect_overflow",),
+    "loopkit.debug.rates": ("LrCurve", "find_lr"),
+    "loopkit.debug.rehearse": ("Rehearsal", "fast_dev_run", "overfit", "sanity_check"),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -154,6 +164,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "debug":
+        return importlib.import_module("loopkit.debug")
     for module, names in _LATER.items():
         if name in names:
             value = globals()[name] = getattr(importlib.import_module(module), name)
@@ -185,12 +197,14 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
+    "EarlyStopping",
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
     "Log",
     "LogWarning",
     "LoopkitError",
+    "LrCurve",
     "MLflow",
     "MicroBatches",
     "MissingExtraError",
@@ -201,6 +215,7 @@ __all__ = [
     "Ranks",
     "Recompute",
     "Record",
+    "Rehearsal",
     "Restored",
     "Run",
     "Sink",
@@ -230,20 +245,26 @@ __all__ = [
     "cosine",
     "cosine_with_restarts",
     "create_optimizer",
+    "detect_overflow",
     "device",
     "device_stats",
     "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
+    "every",
     "explain",
     "export",
+    "fast_dev_run",
+    "find_batch_size",
+    "find_lr",
     "inverse_sqrt",
     "launch",
     "learning_rates",
     "linear",
     "load_best",
     "load_weights",
+    "overfit",
     "own",
     "param_groups",
     "plot",
@@ -256,6 +277,7 @@ __all__ = [
     "progress",
     "reduce",
     "run",
+    "sanity_check",
     "seed_everything",
     "sharded",
     "summary",

@@ -19,6 +19,10 @@ LAYERS = """
 loopkit
 testing
 checking
+debug
+debug.check debug.rehearse debug.rates debug.memory debug.overflow
+debug.fork debug.samples
+debug.findings
 optim.configure
 optim.create
 optim.combined optim.groups optim.plot optim.phases
@@ -41,7 +45,7 @@ feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
-checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
+checkpoint.snapshot checkpoint.restore checkpoint.writer
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
@@ -60,7 +64,7 @@ parallel.decisions parallel.group parallel.launch
 parallel.failure parallel.repoint
 parallel.environment parallel
 types modes metrics
-updates
+updates every stop
 state feed
 limits device output
 check checked outcome window interrupt seed position

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from loopkit.check import near
-from loopkit.checkpoint.every import Every, Interval
 from loopkit.errors import UsageError
+from loopkit.every import Every, Interval
 from loopkit.observe.console import Console
 from loopkit.observe.delivery import Delivery, Guarded
 from loopkit.observe.fetch import fetch
@@ -139,7 +139,10 @@ class Log:
         if state is not None and self._kept is None:
             self._kept = state.step or -1  # what follows goes on from here
         return Adapted(
-            run, _logged(run, self, Every.of(every, "log.wrap(run"), first, tuple(extras))
+            run,
+            _logged(
+                run, self, Every.of(every, f"log.wrap(run, every={every!r})"), first, tuple(extras)
+            ),
         )
 
     def flush(self) -> None:
@@ -184,7 +187,7 @@ def _logged(
     run: Iterable[TrainState], log: Log, every: Every, first: bool, extras: tuple[Extra, ...]
 ) -> Generator[TrainState]:
     for state in run:
-        if first or every.is_due(state):
+        if first or every(state):
             first = False
             more = {name: value for extra in extras for name, value in extra(state).items()}
             log(state, **state.metrics, **more)

@@ -503,8 +503,8 @@ WRONG = {
     "a matrix": (lambda d: lk.Log(d)(at(1), x=torch.ones(2, 2)), "(2, 2)", "x.mean()"),
     "a list": (lambda d: lk.Log(d)(at(1), x=[1]), "a list", "a number"),
     "a closed log": (lambda d: closed(d)(at(1), x=1), "closed", "a new lk.Log"),
-    "no interval": (lambda d: lk.Log(d).wrap([], every="often"), "no interval", "500"),
-    "an interval of zero": (lambda d: lk.Log(d).wrap([], every=0), "every = 0", "1 or more"),
+    "no interval": (lambda d: lk.Log(d).wrap([], every="often"), "the unit 'often'", "500"),
+    "an interval of zero": (lambda d: lk.Log(d).wrap([], every=0), "0", "500"),
     "a step to wrap": (lambda d: lk.Log(d).wrap(3), "int", "lk.run("),
 }
 
