@@ -504,7 +504,7 @@ WRONG = {
     "a list": (lambda d: lk.Log(d)(at(1), x=[1]), "a list", "a number"),
     "a closed log": (lambda d: closed(d)(at(1), x=1), "closed", "a new lk.Log"),
     "no interval": (lambda d: lk.Log(d).wrap([], every="often"), "the unit 'often'", "500"),
-    "an interval of zero": (lambda d: lk.Log(d).wrap([], every=0), "0", "500"),
+    "an interval of zero": (lambda d: lk.Log(d).wrap([], every=0), "interval = 0", "1 or more"),
     "a step to wrap": (lambda d: lk.Log(d).wrap(3), "int", "lk.run("),
 }
 
