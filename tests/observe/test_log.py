@@ -480,7 +480,11 @@ def test_one_rank_writes(tmp_path):
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "0 1", "1 0"]  # no update was made: wrap logs none
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        "0 1",
+        "1 0",
+    ]  # no update was made: wrap logs none
     assert (tmp_path / "0" / "metrics.csv").exists()
     assert not (tmp_path / "1").exists()
 
