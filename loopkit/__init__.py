@@ -28,6 +28,7 @@ from loopkit.errors import (
     CompositionError,
     DamageError,
     DataError,
+    LogWarning,
     LoopkitError,
     MissingExtraError,
     NonFiniteError,
@@ -39,7 +40,7 @@ from loopkit.errors import (
 )
 from loopkit.evaluate import evaluate
 from loopkit.every import every
-from loopkit.observe.progress import progress
+from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
 from loopkit.run import Run, run
@@ -61,6 +62,7 @@ from loopkit.types import (
     Verdict,
     WindowSize,
 )
+from loopkit.updates import adaptor
 from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
@@ -77,6 +79,18 @@ if TYPE_CHECKING:
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
     from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
+    from loopkit.observe.console import Console
+    from loopkit.observe.files import CSV, JSONL
+    from loopkit.observe.log import Log
+    from loopkit.observe.monitor import device_stats, learning_rates
+    from loopkit.observe.plot import plot
+    from loopkit.observe.profile import profile
+    from loopkit.observe.record import Record
+    from loopkit.observe.sink import Sink
+    from loopkit.observe.summary import summary
+    from loopkit.observe.throughput import throughput
+    from loopkit.observe.timing import Timing
+    from loopkit.observe.trackers import MLflow, TensorBoard, WandB
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -112,6 +126,18 @@ _LATER = {
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.observe.console": ("Console",),
+    "loopkit.observe.files": ("CSV", "JSONL"),
+    "loopkit.observe.log": ("Log",),
+    "loopkit.observe.monitor": ("device_stats", "learning_rates"),
+    "loopkit.observe.plot": ("plot",),
+    "loopkit.observe.profile": ("profile",),
+    "loopkit.observe.record": ("Record",),
+    "loopkit.observe.sink": ("Sink",),
+    "loopkit.observe.summary": ("summary",),
+    "loopkit.observe.throughput": ("throughput",),
+    "loopkit.observe.timing": ("Timing",),
+    "loopkit.observe.trackers": ("MLflow", "TensorBoard", "WandB"),
     "loopkit.debug.memory": ("find_batch_size",),
     "loopkit.debug.overflow": ("detect_overflow",),
     "loopkit.debug.rates": ("LrCurve", "find_lr"),
@@ -158,8 +184,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CSV",
     "DDP",
     "FSDP",
+    "JSONL",
     "Apply",
     "Around",
     "Backward",
@@ -170,6 +198,7 @@ __all__ = [
     "Checkpointer",
     "CombinedOptimizer",
     "CompositionError",
+    "Console",
     "DamageError",
     "DataError",
     "Decorator",
@@ -177,8 +206,11 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
+    "Log",
+    "LogWarning",
     "LoopkitError",
     "LrCurve",
+    "MLflow",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
@@ -187,24 +219,31 @@ __all__ = [
     "RankError",
     "Ranks",
     "Recompute",
+    "Record",
     "Rehearsal",
     "Restored",
     "Run",
+    "Sink",
     "Split",
     "Step",
     "StepFunction",
     "StorageError",
+    "TensorBoard",
     "TensorParallel",
+    "Timing",
     "TrainState",
     "Transform",
     "Uneven",
     "Update",
     "UsageError",
     "Verdict",
+    "WandB",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "adaptor",
     "agree",
+    "bar",
     "compose",
     "configure_optimizer",
     "constant",
@@ -213,6 +252,7 @@ __all__ = [
     "create_optimizer",
     "detect_overflow",
     "device",
+    "device_stats",
     "distributed",
     "ema_weights",
     "eval_step",
@@ -226,6 +266,7 @@ __all__ = [
     "group_by_length",
     "inverse_sqrt",
     "launch",
+    "learning_rates",
     "linear",
     "load_best",
     "load_weights",
@@ -233,11 +274,13 @@ __all__ = [
     "own",
     "pad_collate",
     "param_groups",
+    "plot",
     "plot_schedule",
     "polynomial",
     "predict",
     "preemptible",
     "prefetch",
+    "profile",
     "progress",
     "reduce",
     "run",
@@ -245,6 +288,8 @@ __all__ = [
     "seed_everything",
     "seeded",
     "sharded",
+    "summary",
+    "throughput",
     "to_device",
     "train_step",
     "warmup",

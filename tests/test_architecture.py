@@ -29,6 +29,12 @@ optim.combined optim.groups optim.plot optim.phases
 optim.schedule
 optim
 run predict
+observe.log observe.plot
+observe.delivery observe.console observe.trackers observe.progress observe.timing observe.throughput
+observe.profile observe.summary observe.monitor
+observe.files observe.display observe.fetch observe.flops observe.peak
+observe.sink
+observe.record observe.rank observe.stopwatch
 observe
 evaluate
 data.lengths data.collate
