@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-UNSEEN, TEMPERATURE = 3, 20.0
+UNSEEN, TEMPERATURE, TEACHER_EPOCHS = 3, 20.0, 20
 
 
 def digits():
@@ -110,7 +110,7 @@ def main(argv=None):
     without_3, everything, test = digits()
 
     lk.seed_everything(0)
-    teacher = train(label_step, teacher_network(), everything, epochs=20)
+    teacher = train(label_step, teacher_network(), everything, TEACHER_EPOCHS)
     alone = train(label_step, student_network(), without_3, args.epochs)
     frozen = teacher.model.eval().requires_grad_(False)
     taught = train(distil_step, student_network(), without_3, args.epochs, teacher=frozen)

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 LONGEST, WIDTH, HEADS, LAYERS = 256, 128, 4, 4
-BATCH_SIZE, PEAK_LR = 6, 4e-3
+BATCH_SIZE, PEAK_LR, SAVE_EVERY, WRITTEN = 6, 4e-3, 100, 20
 END, NOTHING = 0, -1  # the character before and after a function; what pads its targets
 
 
@@ -137,7 +137,7 @@ def main(argv=None):
     schedule = lk.warmup(0.05, peak=PEAK_LR) >> lk.cosine(floor=PEAK_LR / 20)
     step = lk.with_schedule(lr=schedule.over(args.updates))(train_step)
 
-    with lk.Checkpointer(args.folder, every=100) as checkpoints:
+    with lk.Checkpointer(args.folder, every=SAVE_EVERY) as checkpoints:
         if checkpoints.restore(state):
             print(f"going on from update {state.step}")
         characters, began = 0, time.perf_counter()
@@ -148,13 +148,11 @@ def main(argv=None):
 
     with lk.ema_weights(state):
         scores = lk.evaluate(step, state, DataLoader(test, 50, collate_fn=collate))
-        written = [write(model) for _ in range(20)]
+        written = [write(model) for _ in range(WRITTEN)]
     print(*written[:5], sep="\n\n")
     grammatical = sum(map(is_python, written))
-    print(
-        f"\ntest loss {scores['loss']:.3f} nats per character; {grammatical} of 20 are Python; "
-        f"{speed:,.0f} characters/s"
-    )
+    print(f"\n{grammatical} of {len(written)} are Python; {speed:,.0f} characters/s")
+    print(f"test loss {scores['loss']:.3f} nats per character")
     return scores["loss"]
 
 
