@@ -77,7 +77,7 @@ def mixed(image, noise, time):
     return angle.cos() * image + angle.sin() * noise
 
 
-@lk.with_ema(0.995)
+@lk.with_ema(0.98)
 @lk.with_clip(1.0)
 def train_step(state, batch):
     """How far off the network's idea of the noise is."""
