@@ -25,48 +25,28 @@ LATENT, BATCH_SIZE, PEAK_LR, STEEPNESS = 32, 64, 1e-3, 0.3
 
 
 def digits():
-    """Images in [-1, 1] with their labels: 1,397 to learn from, and 400 to be judged by."""
+    """Images (n, 64) in [-1, 1] with labels: 1,397 to learn from, and 400 to be judged by."""
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(images).float().div(8).sub(1), torch.tensor(labels)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return TensorDataset(images[400:], labels[400:]), TensorDataset(images[:400], labels[:400])
+    train, test = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split(1397)
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def layers(entering, leaving):
-    """Four linear layers; no normalisation, so that each image is judged by itself."""
-    sizes = [(entering, 256), (256, 256), (256, 256)]
-    hidden = [part for size in sizes for part in (nn.Linear(*size), nn.LeakyReLU(0.2))]
-    return nn.Sequential(*hidden, nn.Linear(256, leaving))
+class Network(nn.Module):
+    """Of a digit, and of noise or an image; without norms, so that each is judged by itself."""
 
-
-class Generator(nn.Module):
-    """From noise and a wanted digit to an image."""
-
-    def __init__(self):
+    def __init__(self, entering, leaving, last):
         super().__init__()
-        self.digit, self.layers = nn.Embedding(10, 32), layers(LATENT + 32, 64)
+        self.digit = nn.Embedding(10, 64)
+        self.layers = nn.Sequential(
+            nn.Linear(entering + 64, 256), nn.LeakyReLU(0.2),
+            nn.Linear(256, 256), nn.LeakyReLU(0.2),
+            nn.Linear(256, 256), nn.LeakyReLU(0.2), nn.Linear(256, leaving), last,
+        )  # fmt: skip
 
-    def forward(self, noise, labels):
-        """Images (n, 64)."""
-        return self.layers(torch.cat([noise, self.digit(labels)], 1)).tanh()
-
-
-class Critic(nn.Module):
-    """How real an image looks, as an image of that digit."""
-
-    def __init__(self):
-        super().__init__()
-        self.digit, self.layers = nn.Embedding(10, 64), layers(64 + 64, 1)
-
-    def forward(self, images, labels):
-        """Scores (n,)."""
-        return self.layers(torch.cat([images, self.digit(labels)], 1)).squeeze(1)
-
-
-def noise(count):
-    """What a drawing starts from."""
-    return torch.randn(count, LATENT)
+    def forward(self, x, labels):
+        """Images (n, 64), or scores (n,)."""
+        return self.layers(torch.cat([x, self.digit(labels)], 1))
 
 
 def critic_step(state, batch):
@@ -82,29 +62,28 @@ def critic_step(state, batch):
 @lk.with_ema(0.99)
 def generator_step(state, batch):
     """Draw what the critic scores above real images."""
-    real, start, labels = batch
+    real, noise, labels = batch
     critic = state.extras["critic"].model
-    return F.softplus(critic(real, labels) - critic(state.model(start, labels), labels)).mean()
+    return F.softplus(critic(real, labels) - critic(state.model(noise, labels), labels)).mean()
 
 
-def draw_digits(state, batch):
-    """What the generator draws; for `lk.predict`."""
-    return state.model(*batch)
-
-
-def variety(images, labels):
-    """How far images of a digit lie from their mean."""
-    return sum(images[labels == digit].var(0).sum() for digit in range(10)).sqrt().item()
+def players():
+    """The state of the critic, and that of the generator, which has it: saving one saves both."""
+    critic, generator = Network(64, 1, nn.Flatten(0)), Network(LATENT, 64, nn.Tanh())
+    adams = [torch.optim.Adam(m.parameters(), betas=(0.0, 0.99)) for m in (critic, generator)]
+    c = lk.TrainState(critic, adams[0])
+    return c, lk.TrainState(generator, adams[1], critic=c)
 
 
 def judged(drawn, labels, test):
-    """The share of real digits that are read by their nearest neighbours among drawn ones."""
+    """How many real digits their nearest drawn ones read; how various those are, to real ones."""
     reader = KNeighborsClassifier(3).fit(drawn.numpy(), labels.numpy())
     images, truth = test.tensors
-    return {
-        "read": reader.score(images.numpy(), truth.numpy()),
-        "variety": variety(drawn, labels) / variety(images, truth),
-    }
+    spread, real = [
+        sum(x[y == digit].var(0).sum() for digit in range(10)).sqrt().item()
+        for x, y in ((drawn, labels), (images, truth))
+    ]
+    return {"read": reader.score(images.numpy(), truth.numpy()), "variety": spread / real}
 
 
 def picture(drawn, path):
@@ -120,11 +99,6 @@ def picture(drawn, path):
     figure.savefig(path, dpi=120)
 
 
-def adam(model):
-    """As GANs are trained: without momentum."""
-    return torch.optim.Adam(model.parameters(), betas=(0.0, 0.99))
-
-
 def main(argv=None):
     """Train both, draw, and judge the drawings."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -134,28 +108,25 @@ def main(argv=None):
     shuffling = lk.seed_everything(0)
     train, test = digits()
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True, generator=shuffling)
-
-    critic, generator = Critic(), Generator()
-    c = lk.TrainState(critic, adam(critic))
-    g = lk.TrainState(generator, adam(generator), critic=c)  # saving g saves both
     falling = lk.cosine(peak=PEAK_LR, floor=PEAK_LR / 20).over(args.epochs * len(loader))
-    scheduled = lk.with_schedule(lr=falling)
-    improve_critic, improve_generator = scheduled(critic_step), scheduled(generator_step)
+    improve_critic = lk.with_schedule(lr=falling)(critic_step)
+    improve_generator = lk.with_schedule(lr=falling)(generator_step)
 
+    c, g = players()
     for epoch in range(args.epochs):
         for real, labels in loader:
-            drawn = generator(noise(len(labels)), labels).detach()
-            c = improve_critic(c, (real, drawn, labels))
-            g = improve_generator(g, (real, noise(len(labels)), labels))
+            noise = torch.randn(2, len(real), LATENT)
+            c = improve_critic(c, (real, g.model(noise[0], labels).detach(), labels))
+            g = improve_generator(g, (real, noise[1], labels))
         if epoch % 10 == 9:
             print(f"epoch {epoch + 1}: critic {c.loss:.2f}, generator {g.loss:.2f}")
 
     labels = torch.arange(1500) % 10
-    with lk.ema_weights(g):
-        (drawn,) = lk.predict(draw_digits, g, [(noise(1500), labels)])
+    with lk.ema_weights(g), torch.no_grad():
+        drawn = g.model(torch.randn(1500, LATENT), labels)
     score = judged(drawn, labels, test)
     print(f"nearest neighbours among 1,500 drawn digits read {score['read']:.1%} of 400 real ones;")
-    print(f"drawn digits are {score['variety']:.0%} as various as real ones")
+    print(f"the drawn ones are {score['variety']:.0%} as various as the real ones")
     picture(drawn[:150], args.picture)
     print(f"picture: {args.picture}")
     return score

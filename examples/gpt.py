@@ -10,6 +10,7 @@ RESULT
 
 import argparse
 import ast
+import contextlib
 import sysconfig
 import textwrap
 import time
@@ -57,9 +58,9 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.qkv = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out, self.mlp = nn.Linear(WIDTH, WIDTH, bias=False), nn.Sequential(
-            nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-        )  # fmt: skip
+        self.out, wide = nn.Linear(WIDTH, WIDTH, bias=False), 4 * WIDTH
+        hidden = nn.Linear(WIDTH, wide), nn.GELU(), nn.Linear(wide, WIDTH)
+        self.mlp = nn.Sequential(nn.RMSNorm(WIDTH), *hidden)
 
     def forward(self, x):
         """The same shape: (n, length, WIDTH)."""
@@ -109,20 +110,16 @@ def write(model, temperature=0.6):
 
 def is_python(code):
     """Whether it is at least grammatical."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return bool(ast.parse(code).body)
-    except SyntaxError:
-        return False
+    with contextlib.suppress(SyntaxError):
+        return bool(ast.parse(code).body)
+    return False
 
 
 def main(argv=None):
     """Train, or go on training; then say what was learned, and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=500)
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the model (needs a C++ compiler)"
-    )
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpt"), help="of checkpoints")
     args = parser.parse_args(argv)
     generator = lk.seed_everything(0)
