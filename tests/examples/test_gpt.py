@@ -31,15 +31,6 @@ def test_it_learns_and_goes_on_bit_for_bit(small, tmp_path, capsys):
     assert "going on from update 40" in capsys.readouterr().out
 
 
-def test_compiled_it_is_the_same_model(small, tmp_path):
-    """With --compile the loss is the same but for rounding."""
-    losses = [
-        gpt.main(["--updates", "3", "--folder", str(tmp_path / name), *flags])
-        for name, flags in {"plain": [], "compiled": ["--compile"]}.items()
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
 def test_padding_counts_for_nothing():
     """The loss and weight of functions of unlike lengths are those of their characters alone."""
     a, b = torch.tensor([0, 65, 66, 67, 0]), torch.tensor([0, 68, 0])
