@@ -7,11 +7,11 @@ import gan
 
 
 def test_its_drawings_teach_to_read_real_digits(tmp_path, capsys):
-    """After 210 updates a reader of drawn digits is far above chance, and they are various."""
+    """After 210 updates a reader of drawn digits is far above chance; no kind is drawn once."""
     path = tmp_path / "deep" / "samples.png"
     score = gan.main(["--epochs", "10", "--picture", str(path)])
-    assert score["read"] > 0.5
-    assert score["variety"] > 0.25
+    assert score["read"] > 0.6
+    assert score["variety"] > 0.08
     assert str(path) in capsys.readouterr().out
     assert path.read_bytes().startswith(b"\x89PNG")
 
