@@ -5,7 +5,9 @@
 The network learns what is noise in a noisy digit; drawing starts from noise alone and takes
 some of it away, again and again. It is judged by how well one learns to read real digits
 from drawn ones alone.
-RESULT
+
+1,100 updates, 45 s of processor time: three nearest neighbours among 1,500 drawn digits read
+96.5 % of 400 real ones (98.8 % among real ones).
 
 Source: https://arxiv.org/abs/2006.11239, https://arxiv.org/abs/2202.00512 (velocity, DDIM)
 """
