@@ -21,7 +21,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,12 +57,30 @@ class Towers(nn.Module):
         return a * self.log_radius.exp(), b * self.log_radius.exp()
 
 
+class Gather(torch.autograd.Function):
+    """The points of all ranks, one below the other; their losses' slopes come back, summed."""
+
+    @staticmethod
+    def forward(_, points):
+        """From (n, d) on each rank to (ranks * n, d)."""
+        parts = [torch.empty_like(points) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, points.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(_, slopes):
+        """What all ranks' losses want of this rank's points."""
+        total = slopes.clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def of_all_ranks(points):
-    """The points of all ranks, one below the other, and which of them are this rank's."""
+    """The points of all ranks, and which of them are this rank's."""
     mine = torch.arange(len(points), device=points.device)
     if not dist.is_initialized():
         return points, mine
-    return torch.cat(all_gather(points)), mine + dist.get_rank() * len(points)
+    return Gather.apply(points), mine + dist.get_rank() * len(points)
 
 
 @lk.with_clip(1.0)

@@ -1,5 +1,7 @@
 """The towers find halves that belong together, and on several ranks see all negatives."""
 
+import warnings
+
 import loopkit as lk
 import torch
 from torch import distributed as dist
@@ -31,6 +33,7 @@ def gradients(rank=0, ranks=1):
 
 def work(rank, port, expected):
     """What each of two ranks does: the mean of both gradients is that of the whole batch."""
+    warnings.simplefilter("error")
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     found = gradients(rank, 2)
     for gradient in found:
