@@ -88,7 +88,9 @@ def main(picture: Path) -> dict[str, tuple[list[float], list[float]]]:
     figure, plots = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, curves in found.items():
         label = name.replace("_", " ")
-        print(f"{label}: {curves[0][-1]:.1%} of the test digits right, at best {max(curves[0]):.1%}")
+        print(
+            f"{label}: {curves[0][-1]:.1%} of the test digits right, at best {max(curves[0]):.1%}"
+        )
         for plot, values in zip(plots, curves, strict=True):
             plot.plot(range(1, EPOCHS + 1), [100 * value for value in values], label=label)
     plots[0].set(title="right test digits", xlabel="epoch", ylabel="%")

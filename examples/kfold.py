@@ -1,58 +1,112 @@
-"""Cross-validation in plain loops: how much weight decay, judged on samples not trained on.
+"""Cross-validation with five networks trained side by side: about 10 s of CPU.
 
     python examples/kfold.py
 
-Of 178 wines (13 chemical measurements, three growers) 60 are put aside. The other 118 choose the
-weight decay, in five folds, three times over: XX networks, each trained in XX s. Then the
-networks of the winner vote on the 60: XX of them are right.
+How much dropout, and for how many epochs? A run is an iterator, so five of them are zipped: after
+each epoch the five networks are judged, each on the fold that it does not train on, and all stop
+when their mean has not become better for ten epochs. The winning setting is trained on all folds
+and explains XX% of the variance in the 100 patients that were put aside (linear regression: XX%).
+Data: how the diabetes of 442 patients progressed in a year, from ten measurements (scikit-learn).
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import loopkit as lk
 import matplotlib as mpl
 import torch
-from sklearn.datasets import load_wine
-from sklearn.model_selection import RepeatedStratifiedKFold, train_test_split
-from sklearn.preprocessing import StandardScaler
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import KFold, train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-DECAYS, FOLDS, REPEATS, EPOCHS = (0.0, 0.1, 1.0, 10.0), 5, 3, 20
-
-
-def step(state: lk.TrainState, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The loss, and what the metrics need."""
-    inputs, labels = batch
-    logits = state.model((inputs - state.extras["mean"]) / state.extras["deviation"])
-    return {"loss": F.cross_entropy(logits, labels), "preds": logits, "target": labels}
+DROPOUTS, FOLDS, PATIENCE, MAX_EPOCHS = (0.0, 0.2, 0.5), 5, 10, 60
 
 
-def fit(decay: float, training: TensorDataset, seed: int) -> lk.TrainState:
-    """A network trained on a fold; means and deviations are of this fold alone."""
-    generator = lk.seed_everything(seed)
-    model = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=decay)
-    inputs = training.tensors[0]
-    state = lk.TrainState(model, optimizer, mean=inputs.mean(0), deviation=inputs.std(0))
-    loader = DataLoader(training, 16, shuffle=True, generator=generator)
-    for state in lk.run(step, state, loader, max_epochs=EPOCHS):
-        pass
-    return state
+def patients() -> tuple[TensorDataset, TensorDataset]:
+    """Those to choose with and the 100 put aside, in units of the first ones' deviations."""
+    inputs, targets = load_diabetes(return_X_y=True, scaled=False)
+    table = torch.tensor(inputs), torch.tensor(targets)
+    chosen, aside, progress, unseen = train_test_split(*table, test_size=100, random_state=0)
+    scaled = [
+        ((part - known.mean(0)) / known.std(0)).float()
+        for part, known in zip(
+            (chosen, progress, aside, unseen), (chosen, progress) * 2, strict=True
+        )
+    ]
+    return TensorDataset(*scaled[:2]), TensorDataset(*scaled[2:])
+
+
+def step(state: lk.TrainState, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean squared error, to train and to judge by."""
+    inputs, targets = batch
+    return F.mse_loss(state.model(inputs).squeeze(1), targets)
+
+
+def epochs(dropout: float, data: Dataset, max_epochs: int) -> Iterator[lk.TrainState]:
+    """A new network in training, as it is after each epoch."""
+    model = nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Dropout(dropout),
+        nn.Linear(64, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 1),
+    )  # fmt: skip
+    state = lk.TrainState(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+    loader = DataLoader(data, 32, shuffle=True)
+    return (
+        state for state in lk.run(step, state, loader, max_epochs=max_epochs) if state.epoch_end
+    )
+
+
+def cross_validate(dropout: float, data: Dataset) -> list[float]:
+    """The mean error on the held-out folds after each epoch, until it no longer falls."""
+    folds = KFold(FOLDS, shuffle=True, random_state=0).split(range(len(data)))
+    training, held_out = zip(*folds, strict=True)
+    errors = []
+    for states in zip(*(epochs(dropout, Subset(data, rows), MAX_EPOCHS) for rows in training)):
+        errors.append(
+            mean(
+                lk.evaluate(step, state, DataLoader(Subset(data, rows), 100))["loss"]
+                for state, rows in zip(states, held_out, strict=True)
+            )
+        )
+        if min(errors[-PATIENCE:]) > min(errors):
+            break
+    return errors
+
+
+def main(picture: Path) -> tuple[float, float]:
+    """Choose, train with what was chosen, and compare on those who were put aside."""
+    lk.seed_everything(0)
+    known, aside = patients()
+    curves = {dropout: cross_validate(dropout, known) for dropout in DROPOUTS}
+    chosen = min(curves, key=lambda dropout: min(curves[dropout]))
+    lasting = 1 + curves[chosen].index(min(curves[chosen]))
+    *_, state = epochs(chosen, known, lasting)
+    error = lk.evaluate(step, state, DataLoader(aside, 100))["loss"]
+    explained = 1 - error / aside.tensors[1].var(correction=0).item()
+    linear = LinearRegression().fit(*known.tensors).score(*aside.tensors)
+    print(f"chosen: dropout {chosen}, {lasting} epochs, with an error of {min(curves[chosen]):.3f}")
+    print(f"variance explained: {explained:.1%}, by a linear regression {linear:.1%}")
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for dropout, errors in curves.items():
+        (line,) = axes.plot(range(1, len(errors) + 1), errors, label=f"dropout {dropout}")
+        axes.plot(1 + errors.index(min(errors)), min(errors), "o", color=line.get_color())
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="squared error", title="mean over the folds not trained on")
+    axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    return explained, linear
+
 
 if __name__ == "__main__":
-    inputs, labels = load_wine(return_X_y=True)
-    inputs, labels = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
-    chosen, aside, a, b = train_test_split(inputs, labels, test_size=60, stratify=labels, random_state=0)
-    import collections, statistics
-    acc = collections.defaultdict(list)
-    splits = list(RepeatedStratifiedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(chosen, a))
-    for decay in DECAYS:
-        for n,(tr, va) in enumerate(splits):
-            state = fit(decay, TensorDataset(chosen[tr], a[tr]), n)
-            s = lk.evaluate(step, state, DataLoader(TensorDataset(chosen[va], a[va]), 100), {"accuracy": MulticlassAccuracy(3, average="micro")})
-            acc[decay].append((s["accuracy"], s["loss"]))
-        print(decay, [statistics.mean(x) for x in zip(*acc[decay])])
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--picture", type=Path, default=Path("runs/kfold.png"))
+    main(arguments.parse_args().picture)
