@@ -72,8 +72,7 @@ def train(pace: Callable[[int], float]) -> tuple[list[float], list[float]]:
         easiest = torch.cat([output["losses"] for output in outputs]).argsort()
         taken = easiest[: int(pace(epoch) * len(easiest))].tolist()
         loader = DataLoader(Subset(noisy, taken), 64, shuffle=True)
-        for state in lk.run(step, state, loader, max_epochs=epoch + 1):
-            pass
+        *_, state = lk.run(step, state, loader, max_epochs=epoch + 1)
         scores.append(lk.evaluate(step, state, DataLoader(test, 500), accuracy)["accuracy"])
         mistaken.append(wrong[taken].float().mean().item())
     return scores, mistaken

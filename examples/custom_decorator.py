@@ -2,10 +2,11 @@
 
     python examples/custom_decorator.py
 
-Handwritten digits, and a camera that now and then is overexposed: every 20th batch comes 50
-times too bright. Skipping updates whose gradient stands far out of what is usual, a network
-gets XX% of the test digits right, without YY%. Source of the first: Yong et al. 2020,
-https://arxiv.org/abs/2004.01461.
+Handwritten digits, and a camera with a fault: every 20th batch is 50 times too bright. Without
+protection a network ends with 8.5% of the test digits right. Leaving out updates whose gradient
+stands far out of what is usual it gets 97%, and leaves out just those 33 of 660. (with_clip(1.0)
+gets 98%, for who knows that norm beforehand.) Each is a layer, like the built-in ones are.
+Source of the first: Yong et al. 2020, https://arxiv.org/abs/2004.01461. Five seconds of CPU.
 """
 
 import argparse
@@ -31,6 +32,7 @@ class Centralise:
     inner: lk.Transform
 
     def __call__(self, state: lk.TrainState) -> None:
+        """Change the gradients, and go on."""
         for p in state.parameters_with_grad():
             if p.ndim > 1:
                 p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.ndim)), keepdim=True))
@@ -50,6 +52,7 @@ class SkipSpikes:
     warm: int
 
     def __call__(self, state: lk.TrainState) -> None:
+        """Vote, and take what is no spike into the average."""
         mean, variance, count = usual = state.features["spikes"]
         norm = nn.utils.get_total_norm(state.gradients()).log()
         far = (count >= self.warm) & (norm > mean + self.z * variance.sqrt())

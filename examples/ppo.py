@@ -55,9 +55,9 @@ class Environments:
         self.observations, _ = self.vector.reset(seed=seed)
         self.returns, self.steps, self.history = np.zeros(count), 0, []
 
-    def step(self, actions: np.ndarray) -> tuple[Tensor, ...]:
+    def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """What followed, the rewards, who fell, and whose episode is over: those begin anew."""
-        self.observations, rewards, fallen, stopped, infos = self.vector.step(actions)
+        self.observations, rewards, fallen, stopped, infos = self.vector.step(actions.numpy())
         following, over = self.observations.copy(), fallen | stopped
         self.steps, self.returns = self.steps + len(over), self.returns + rewards
         for i in np.flatnonzero(over):
@@ -122,54 +122,46 @@ def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 @torch.no_grad()
-def collect(agent: Agent, environments: Environments, recipe: Recipe) -> dict[str, Tensor]:
+def collect(agent: Agent, environments: Environments, recipe: Recipe) -> list[Tensor]:
     """A rollout with its advantages: by how much better it went than the critic thought."""
-    seen = []
+    rollout = []
     for _ in range(recipe.horizon):
-        observations = torch.from_numpy(environments.observations)
-        policy = agent.policy(observations)
+        seen = torch.from_numpy(environments.observations)
+        policy = agent.policy(seen)
         actions = policy.sample()
-        step = environments.step(actions.numpy())
-        seen.append((observations, actions, policy.log_prob(actions), *step))
-    observations, actions, log_probs, following, rewards, fallen, over = map(
-        torch.stack, zip(*seen, strict=True)
-    )
-    values = agent.value(observations)
+        rollout.append((seen, actions, policy.log_prob(actions), *environments.step(actions)))
+    seen, actions, log_probs, following, rewards, fallen, over = map(torch.stack, zip(*rollout))
+    values = agent.value(seen)
     surprise = rewards + recipe.gamma * agent.value(following) * ~fallen - values
     advantages, ahead = torch.empty_like(surprise), 0.0
     for t in reversed(range(recipe.horizon)):
         advantages[t] = ahead = surprise[t] + recipe.gamma * LAMBDA * ahead * ~over[t]
-    rollout = {
-        "observations": observations, "actions": actions, "log_probs": log_probs,
-        "advantages": advantages, "returns": advantages + values,
-    }  # fmt: skip
-    return {name: value.flatten(0, 1) for name, value in rollout.items()}
+    parts = (seen, actions, log_probs, advantages, advantages + values)
+    return [part.flatten(0, 1) for part in parts]
 
 
 @lk.with_clip(0.5)
-def ppo_step(state: lk.TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def ppo_step(state: lk.TrainState, batch: list[Tensor]) -> dict[str, Tensor]:
     """One update: better actions, but no further from those taken than the clip allows."""
-    policy, gain = state.model.policy(batch["observations"]), batch["advantages"]
-    gain = (gain - gain.mean()) / (gain.std() + 1e-8)
-    ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
+    seen, actions, log_probs, gain, returns = batch
+    policy, gain = state.model.policy(seen), (gain - gain.mean()) / (gain.std() + 1e-8)
+    ratio = (policy.log_prob(actions) - log_probs).exp()
     policy_loss = -torch.min(gain * ratio, gain * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
-    value_loss = F.mse_loss(state.model.value(batch["observations"]), batch["returns"])
-    entropy = policy.entropy().mean()
+    value_loss, entropy = F.mse_loss(state.model.value(seen), returns), policy.entropy().mean()
     loss = policy_loss + 0.5 * value_loss - ENTROPY * entropy
     return {"loss": loss, "value_loss": value_loss, "entropy": entropy}
 
 
 def improve(state: lk.TrainState, recipe: Recipe) -> Iterator[lk.TrainState]:
     """The state after each rollout and the updates from it."""
-    environments, each = state.extras["environments"], recipe.epochs * recipe.minibatches
-    updates = recipe.rollouts * each
+    environments = state.extras["environments"]
+    updates = recipe.rollouts * recipe.epochs * recipe.minibatches
     step = lk.with_schedule(lr=lk.linear(updates, peak=recipe.lr))(ppo_step)
     while state.step < updates and environments.recent() < recipe.goal:
         rollout = collect(state.model, environments, recipe)
         for _ in range(recipe.epochs):
-            order = torch.randperm(recipe.horizon * recipe.environments)
-            for rows in order.chunk(recipe.minibatches):
-                state = step(state, {name: values[rows] for name, values in rollout.items()})
+            for rows in torch.randperm(len(rollout[0])).chunk(recipe.minibatches):
+                state = step(state, [part[rows] for part in rollout])
         yield state
 
 
@@ -187,8 +179,7 @@ def train(name: str, folder: Path, seed: int = 0, rollouts: float = np.inf) -> l
         for state in checkpoints.wrap(improve(state, recipe)):
             rollout = state.step // (recipe.epochs * recipe.minibatches)
             if rollout % 10 == 0:
-                print(f"{environments.steps} steps: return {environments.recent():.0f},"
-                      f" entropy {state.metrics['entropy']:.2f}")  # fmt: skip
+                print(f"{environments.steps} steps: return {environments.recent():.0f}")
             if rollout >= rollouts:
                 break
     return state
