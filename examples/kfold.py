@@ -64,14 +64,12 @@ def cross_validate(dropout: float, data: Dataset) -> list[float]:
     """The mean error on the held-out folds after each epoch, until it no longer falls."""
     folds = KFold(FOLDS, shuffle=True, random_state=0).split(range(len(data)))
     training, held_out = zip(*folds, strict=True)
+    runs = [epochs(dropout, Subset(data, rows), MAX_EPOCHS) for rows in training]
+    judges = [DataLoader(Subset(data, rows), 100) for rows in held_out]
     errors = []
-    for states in zip(*(epochs(dropout, Subset(data, rows), MAX_EPOCHS) for rows in training)):
-        errors.append(
-            mean(
-                lk.evaluate(step, state, DataLoader(Subset(data, rows), 100))["loss"]
-                for state, rows in zip(states, held_out, strict=True)
-            )
-        )
+    for states in zip(*runs, strict=True):
+        judged = zip(states, judges, strict=True)
+        errors.append(mean(lk.evaluate(step, state, judge)["loss"] for state, judge in judged))
         if min(errors[-PATIENCE:]) > min(errors):
             break
     return errors

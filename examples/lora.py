@@ -35,7 +35,7 @@ PACKAGES = (
     "unittest",
     "xml",
 )
-EPOCHS, BATCH_SIZE, TOKENS, TEST, PEAK_LR = 3, 16, 32, 400, 2e-3
+EPOCHS, BATCH_SIZE, TOKENS, TEST, PEAK_LR, SHARPNESS = 2, 16, 32, 400, 1e-3, 20
 
 
 def docstrings(packages: tuple[str, ...]) -> dict[str, int]:
@@ -49,74 +49,106 @@ def docstrings(packages: tuple[str, ...]) -> dict[str, int]:
     return {text: label for text, label in found.items() if len(text) > 30}
 
 
-def loaders(generator: torch.Generator) -> tuple[DataLoader, DataLoader]:
-    """Texts as token numbers, padded batch by batch to the longest of the batch."""
+def loaders(generator: torch.Generator) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """To train, the same in order, and to test: texts as tokens, padded batch by batch."""
     texts, tokenizer = docstrings(PACKAGES), AutoTokenizer.from_pretrained(get_model_path())
     tokens = tokenizer([*texts], truncation=True, max_length=TOKENS)["input_ids"]
     pairs = zip(tokens, texts.values(), strict=True)
     rows = [{"input_ids": ids, "labels": label} for ids, label in pairs]
     training, test = random_split(rows, [len(rows) - TEST, TEST], generator=generator)
     load = partial(DataLoader, collate_fn=DataCollatorWithPadding(tokenizer), generator=generator)
-    return load(training, BATCH_SIZE, shuffle=True), load(test, 64)
+    return load(training, BATCH_SIZE, shuffle=True), load(training, 64), load(test, 64)
 
 
 class Classifier(nn.Module):
-    """The encoder with adapters, the mean over its tokens, and a linear layer."""
+    """The encoder with adapters, the mean over its tokens, and a direction for each package."""
 
     def __init__(self) -> None:
         super().__init__()
         adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
         self.encoder = get_peft_model(AutoModel.from_pretrained(get_model_path()), adapters)
-        self.head = nn.Linear(384, len(PACKAGES))
+        self.head = nn.Linear(384, len(PACKAGES), bias=False)
+        self.train()  # from_pretrained leaves models in eval mode
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings of length one, and the logits."""
         states = self.encoder(ids, mask).last_hidden_state
-        embedded = F.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        return embedded, self.head(10 * embedded)
+        embedded = F.normalize((states * mask[..., None]).sum(1))
+        return embedded, SHARPNESS * self.head(embedded)
 
 
 def keep_only_what_is_trained(model: nn.Module) -> list[nn.Parameter]:
-    """Leave the frozen weights out of `state_dict`, and so out of checkpoints."""
+    """Leave frozen weights out of the model's `state_dict`, and so out of checkpoints."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def leave_out(model: nn.Module, weights: dict[str, Tensor], *_: object) -> None:
+    def leave_out(_: nn.Module, weights: dict[str, Tensor], *__: object) -> None:
         for name in weights.keys() - trained.keys():
             del weights[name]
 
     model.register_state_dict_post_hook(leave_out)
-    model.register_load_state_dict_post_hook(lambda model, found: found.missing_keys.clear())
+    model.register_load_state_dict_post_hook(lambda _, found: found.missing_keys.clear())
     return [*trained.values()]
 
 
 def step(state: lk.TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To train and to evaluate."""
+    """To train, to evaluate and to embed."""
     embedded, logits = state.model(batch["input_ids"], batch["attention_mask"])
-    loss, right = F.cross_entropy(logits, batch["labels"]), logits.argmax(1) == batch["labels"]
-    return {
-        "loss": loss, "accuracy": right.float().mean(),
-        "embedded": embedded, "labels": batch["labels"],
-    }  # fmt: skip
+    labels, right = batch["labels"], (logits.argmax(1) == batch["labels"]).float().mean()
+    loss = F.cross_entropy(logits, labels)
+    return {"loss": loss, "accuracy": right, "embedded": embedded, "labels": labels}
 
 
-def train(folder: Path):
-    import time
+def embed(state: lk.TrainState, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """All embeddings, and the labels."""
+    outputs = [*lk.predict(step, state, loader)]
+    return tuple(torch.cat([output[name] for output in outputs]) for name in ("embedded", "labels"))
 
-    t0 = time.process_time()
-    training, test = loaders(lk.seed_everything(0))
-    model = Classifier().train()
+
+def draw(before: Tensor, after: Tensor, labels: Tensor, titles: list[str], picture: Path) -> None:
+    """The two main directions of the test embeddings, then and now."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plots = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for plot, embedded, title in zip(plots, (before, after), titles, strict=True):
+        x, y = (embedded @ torch.pca_lowrank(embedded)[2][:, :2]).T
+        for label, package in enumerate(PACKAGES):
+            mine = labels == label
+            plot.scatter(x[mine], y[mine], s=12, color=f"C{label}", label=package)
+        plot.set(title=title, xticks=[], yticks=[])
+    plots[1].legend(bbox_to_anchor=(1, 1))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+
+
+def main(runs: Path) -> tuple[float, float]:
+    """Train, or go on; and compare with the encoder as it came."""
+    training, in_order, test = loaders(lk.seed_everything(0))
+    model = Classifier()
     state = lk.TrainState(model, torch.optim.AdamW(keep_only_what_is_trained(model), lr=PEAK_LR))
+    embedded, labels = embed(state, in_order)
+    means = [embedded[labels == label].mean(0) for label in range(len(PACKAGES))]
+    with torch.no_grad():
+        model.head.weight.copy_(F.normalize(torch.stack(means)))
+    before, (untrained, labels) = lk.evaluate(step, state, test)["accuracy"], embed(state, test)
+
     updates = EPOCHS * len(training)
-    schedule = lk.with_schedule(lr=lk.warmup(20, peak=PEAK_LR) >> lk.linear(updates - 20))
-    with lk.Checkpointer(folder, every="epoch") as checkpoints:
+    lr = lk.warmup(20, peak=PEAK_LR) >> lk.linear(updates - 20)
+    train_step = lk.compose(lk.with_schedule(lr=lr), lk.with_clip(1.0))(step)
+    with lk.Checkpointer(runs / "checkpoints", every="epoch") as checkpoints:
         checkpoints.restore(state)
-        run = lk.run(
-            lk.compose(schedule, lk.with_clip(1.0))(step), state, training, max_epochs=EPOCHS
-        )
-        for state in lk.progress(checkpoints.wrap(run)):
-            if state.epoch_end:
-                print(lk.evaluate(step, state, test), time.process_time() - t0, flush=True)
-    return state
+        run = lk.run(train_step, state, training, max_epochs=EPOCHS)
+        for _ in lk.progress(checkpoints.wrap(run)):
+            pass
+    after, (trained, _) = lk.evaluate(step, state, test)["accuracy"], embed(state, test)
+
+    titles = [f"before: {before:.1%} right", f"after: {after:.1%} right"]
+    draw(untrained, trained, labels, titles, runs / "lora.png")
+    print(*titles, (runs / "lora.png").resolve(), sep="; ")
+    return before, after
 
 
 if __name__ == "__main__":
-    train(Path("/tmp/ex2run/lora"))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=Path, default=Path("runs/lora"))
+    main(arguments.parse_args().runs)

@@ -130,7 +130,8 @@ def collect(agent: Agent, environments: Environments, recipe: Recipe) -> list[Te
         policy = agent.policy(seen)
         actions = policy.sample()
         rollout.append((seen, actions, policy.log_prob(actions), *environments.step(actions)))
-    seen, actions, log_probs, following, rewards, fallen, over = map(torch.stack, zip(*rollout))
+    columns = map(torch.stack, zip(*rollout, strict=True))
+    seen, actions, log_probs, following, rewards, fallen, over = columns
     values = agent.value(seen)
     surprise = rewards + recipe.gamma * agent.value(following) * ~fallen - values
     advantages, ahead = torch.empty_like(surprise), 0.0

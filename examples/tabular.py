@@ -5,8 +5,8 @@
 569 tumours, 30 measurements of each (scikit-learn's breast cancer data). As in a screening, few of
 those trained on are malignant: 20 of 198. Weighted by their rarity they count as much as the
 others. Training stops when the validation loss has not fallen for 15 epochs, and the best weights
-are taken. Among 143 put aside are 53 malignant ones: 47 are found, with 4 false alarms; without class
-weights 44, with none. A second of CPU, after the imports.
+are taken. Among 143 put aside are 53 malignant ones: 47 are found, with 4 false alarms; without
+class weights 44, with none. A second of CPU, after the imports.
 """
 
 import argparse

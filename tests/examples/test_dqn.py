@@ -15,10 +15,10 @@ def short(monkeypatch):
 
 def test_stopped_and_gone_on_with_it_is_the_uninterrupted_training(short, tmp_path):
     """Whatever it is made of is equal bit for bit, the replay buffer included."""
-    whole = dqn.train(tmp_path / "whole", until=3_000)
-    for until in (1_000, 2_000, 3_000):
+    whole = dqn.train(tmp_path / "whole", until=2_000)
+    for until in (1_000, 2_000):
         state = dqn.train(tmp_path / "cut", until=until)
-    assert whole.step == 1_250
+    assert whole.step == 750
     assert digest_of(state) == digest_of(whole)
 
 

@@ -52,10 +52,11 @@ def test_advantages_are_the_sums_of_surprises(small):
     environments.step = lambda actions: taken.append(step(actions)) or taken[-1]
     rollout = ppo.collect(agent, environments, recipe)
     following, rewards, fell, over = map(torch.stack, zip(*taken, strict=True))
-    shape = (recipe.horizon, recipe.environments)
-    observations = rollout["observations"].unflatten(0, shape)
+    seen, *_, advantages, _ = (
+        part.unflatten(0, (recipe.horizon, recipe.environments)) for part in rollout
+    )
     with torch.no_grad():
-        values, ahead = agent.value(observations), agent.value(following)
+        values, ahead = agent.value(seen), agent.value(following)
     surprises = rewards + recipe.gamma * ahead.where(~fell, 0) - values
     assert over.any()
     for i in range(recipe.environments):
@@ -64,6 +65,4 @@ def test_advantages_are_the_sums_of_surprises(small):
             end = next(ends, recipe.horizon - 1)
             powers = (recipe.gamma * ppo.LAMBDA) ** np.arange(end - t + 1)
             expected = float(surprises[t : end + 1, i].numpy() @ powers)
-            assert rollout["advantages"].unflatten(0, shape)[t, i] == pytest.approx(
-                expected, rel=1e-4, abs=1e-4
-            )
+            assert advantages[t, i] == pytest.approx(expected, rel=1e-4, abs=1e-4)
