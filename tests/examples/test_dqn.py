@@ -1,9 +1,11 @@
 """DQN learns, and goes on bit for bit with buffer, target and episode where it was stopped."""
 
-import dqn
 import pytest
 
 from trainings import digest_of
+
+pytest.importorskip("gymnasium", reason="of the extra examples-all")
+import dqn  # noqa: E402
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 import attrs
 import loopkit as lk
 import numpy as np
-import ppo
 import pytest
 import torch
 
 from trainings import digest_of
+
+pytest.importorskip("gymnasium", reason="of the extra examples-all")
+import ppo  # noqa: E402
 
 SMALL = {"rollouts": 12, "environments": 4, "horizon": 64}
 
