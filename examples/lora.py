@@ -35,7 +35,7 @@ PACKAGES = (
     "unittest",
     "xml",
 )
-EPOCHS, BATCH_SIZE, TOKENS, TEST, PEAK_LR, SHARPNESS = 2, 16, 32, 400, 1e-3, 20
+EPOCHS, BATCH_SIZE, TOKENS, TEST, PEAK_LR, SHARPNESS = 2, 16, 32, 400, 2e-3, 20
 
 
 def docstrings(packages: tuple[str, ...]) -> dict[str, int]:
@@ -93,15 +93,14 @@ def keep_only_what_is_trained(model: nn.Module) -> list[nn.Parameter]:
 def step(state: lk.TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """To train, to evaluate and to embed."""
     embedded, logits = state.model(batch["input_ids"], batch["attention_mask"])
-    labels, right = batch["labels"], (logits.argmax(1) == batch["labels"]).float().mean()
-    loss = F.cross_entropy(logits, labels)
-    return {"loss": loss, "accuracy": right, "embedded": embedded, "labels": labels}
+    loss, right = F.cross_entropy(logits, batch["labels"]), logits.argmax(1) == batch["labels"]
+    return {"loss": loss, "right": right, "embedded": embedded, "labels": batch["labels"]}
 
 
-def embed(state: lk.TrainState, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """All embeddings, and the labels."""
-    outputs = [*lk.predict(step, state, loader)]
-    return tuple(torch.cat([output[name] for output in outputs]) for name in ("embedded", "labels"))
+def embed(state: lk.TrainState, loader: DataLoader) -> tuple[Tensor, ...]:
+    """All embeddings, their labels, and which of them the head gets right."""
+    outputs, names = [*lk.predict(step, state, loader)], ("embedded", "labels", "right")
+    return tuple(torch.cat([output[name] for output in outputs]) for name in names)
 
 
 def draw(before: Tensor, after: Tensor, labels: Tensor, titles: list[str], picture: Path) -> None:
@@ -126,22 +125,22 @@ def main(runs: Path) -> tuple[float, float]:
     training, in_order, test = loaders(lk.seed_everything(0))
     model = Classifier()
     state = lk.TrainState(model, torch.optim.AdamW(keep_only_what_is_trained(model), lr=PEAK_LR))
-    embedded, labels = embed(state, in_order)
+    embedded, labels, _ = embed(state, in_order)
     means = [embedded[labels == label].mean(0) for label in range(len(PACKAGES))]
     with torch.no_grad():
         model.head.weight.copy_(F.normalize(torch.stack(means)))
-    before, (untrained, labels) = lk.evaluate(step, state, test)["accuracy"], embed(state, test)
+    untrained, labels, before = embed(state, test)
 
-    updates = EPOCHS * len(training)
-    lr = lk.warmup(20, peak=PEAK_LR) >> lk.linear(updates - 20)
+    lr = (lk.warmup(0.1, peak=PEAK_LR) >> lk.linear()).over(EPOCHS * len(training))
     train_step = lk.compose(lk.with_schedule(lr=lr), lk.with_clip(1.0))(step)
     with lk.Checkpointer(runs / "checkpoints", every="epoch") as checkpoints:
         checkpoints.restore(state)
         run = lk.run(train_step, state, training, max_epochs=EPOCHS)
         for _ in lk.progress(checkpoints.wrap(run)):
             pass
-    after, (trained, _) = lk.evaluate(step, state, test)["accuracy"], embed(state, test)
+    trained, _, after = embed(state, test)
 
+    before, after = before.float().mean().item(), after.float().mean().item()
     titles = [f"before: {before:.1%} right", f"after: {after:.1%} right"]
     draw(untrained, trained, labels, titles, runs / "lora.png")
     print(*titles, (runs / "lora.png").resolve(), sep="; ")

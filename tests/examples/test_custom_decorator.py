@@ -1,11 +1,12 @@
 """The decorators of the example keep the laws, and do what they say."""
 
-import custom_decorator as example
 import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import check_decorator
 from torch import nn
+
+import custom_decorator as example
 
 
 @pytest.mark.parametrize(

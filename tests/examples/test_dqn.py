@@ -5,7 +5,7 @@ import pytest
 from trainings import digest_of
 
 pytest.importorskip("gymnasium", reason="of the extra examples-all")
-import dqn  # noqa: E402
+import dqn
 
 
 @pytest.fixture

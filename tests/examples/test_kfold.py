@@ -1,9 +1,10 @@
 """Five networks side by side choose a setting that explains what was put aside."""
 
-import kfold
 import loopkit as lk
 import torch
 from torch.utils.data import TensorDataset
+
+import kfold
 
 
 def test_the_chosen_setting_explains_the_patients_put_aside(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from trainings import digest_of
 
 pytest.importorskip("gymnasium", reason="of the extra examples-all")
-import ppo  # noqa: E402
+import ppo
 
 SMALL = {"rollouts": 12, "environments": 4, "horizon": 64}
 
