@@ -1,5 +1,6 @@
 """DQN on CartPole-v1: a replay buffer, a target network, and double Q-learning.
 
+    pip install -c constraints.txt -e ".[examples-all]"
     python examples/dqn.py      # 45 s of CPU; the best network returns 500 of 500
 
 Every 2,000 steps the network plays without exploring, and the best is kept: DQN forgets as it

