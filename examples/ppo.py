@@ -1,7 +1,7 @@
 """PPO on CartPole-v1, or on Pendulum-v1, whose action is continuous.
 
     pip install -c constraints.txt -e ".[examples-all]"
-    python examples/ppo.py                      # the last 100 episodes return 475: 13 s of CPU
+    python examples/ppo.py                      # the last 100 episodes return 475: 20 s of CPU
     python examples/ppo.py --env Pendulum-v1    # -200: 30 s of CPU
 
 Stop it when you like and run it again: it goes on bit for bit, environments included. The end of
