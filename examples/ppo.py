@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[examples-all]"
     python examples/ppo.py                      # the last 100 episodes return 475: 20 s of CPU
-    python examples/ppo.py --env Pendulum-v1    # -200: 30 s of CPU
+    python examples/ppo.py --env Pendulum-v1    # -200: 33 s of CPU
 
 Stop it when you like and run it again: it goes on bit for bit, environments included. The end of
 an episode by its limit of steps is no fall: the critic says what would have followed.
