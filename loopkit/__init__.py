@@ -12,6 +12,7 @@ from loguru import logger
 from loopkit.averages import ema_weights
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
+from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.activations import with_activation_checkpointing, with_activation_offload
@@ -36,6 +37,7 @@ from loopkit.errors import (
     CompositionError,
     DamageError,
     DataError,
+    LogWarning,
     LoopkitError,
     MissingExtraError,
     NonFiniteError,
@@ -47,7 +49,7 @@ from loopkit.errors import (
 )
 from loopkit.evaluate import evaluate
 from loopkit.every import every
-from loopkit.observe.progress import progress
+from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
 from loopkit.run import Run, run
@@ -69,6 +71,7 @@ from loopkit.types import (
     Verdict,
     WindowSize,
 )
+from loopkit.updates import adaptor
 from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
@@ -79,10 +82,24 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.data.collate import pad_collate
+    from loopkit.data.lengths import group_by_length
     from loopkit.debug.memory import find_batch_size
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
     from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
+    from loopkit.observe.console import Console
+    from loopkit.observe.files import CSV, JSONL
+    from loopkit.observe.log import Log
+    from loopkit.observe.monitor import device_stats, learning_rates
+    from loopkit.observe.plot import plot
+    from loopkit.observe.profile import profile
+    from loopkit.observe.record import Record
+    from loopkit.observe.sink import Sink
+    from loopkit.observe.summary import summary
+    from loopkit.observe.throughput import throughput
+    from loopkit.observe.timing import Timing
+    from loopkit.observe.trackers import MLflow, TensorBoard, WandB
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -118,10 +135,24 @@ _LATER = {
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.observe.console": ("Console",),
+    "loopkit.observe.files": ("CSV", "JSONL"),
+    "loopkit.observe.log": ("Log",),
+    "loopkit.observe.monitor": ("device_stats", "learning_rates"),
+    "loopkit.observe.plot": ("plot",),
+    "loopkit.observe.profile": ("profile",),
+    "loopkit.observe.record": ("Record",),
+    "loopkit.observe.sink": ("Sink",),
+    "loopkit.observe.summary": ("summary",),
+    "loopkit.observe.throughput": ("throughput",),
+    "loopkit.observe.timing": ("Timing",),
+    "loopkit.observe.trackers": ("MLflow", "TensorBoard", "WandB"),
     "loopkit.debug.memory": ("find_batch_size",),
     "loopkit.debug.overflow": ("detect_overflow",),
     "loopkit.debug.rates": ("LrCurve", "find_lr"),
     "loopkit.debug.rehearse": ("Rehearsal", "fast_dev_run", "overfit", "sanity_check"),
+    "loopkit.data.collate": ("pad_collate",),
+    "loopkit.data.lengths": ("group_by_length",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -162,8 +193,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CSV",
     "DDP",
     "FSDP",
+    "JSONL",
     "Apply",
     "Around",
     "Backward",
@@ -174,6 +207,7 @@ __all__ = [
     "Checkpointer",
     "CombinedOptimizer",
     "CompositionError",
+    "Console",
     "DamageError",
     "DataError",
     "Decorator",
@@ -181,8 +215,11 @@ __all__ = [
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
+    "Log",
+    "LogWarning",
     "LoopkitError",
     "LrCurve",
+    "MLflow",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
@@ -191,24 +228,31 @@ __all__ = [
     "RankError",
     "Ranks",
     "Recompute",
+    "Record",
     "Rehearsal",
     "Restored",
     "Run",
+    "Sink",
     "Split",
     "Step",
     "StepFunction",
     "StorageError",
+    "TensorBoard",
     "TensorParallel",
+    "Timing",
     "TrainState",
     "Transform",
     "Uneven",
     "Update",
     "UsageError",
     "Verdict",
+    "WandB",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "adaptor",
     "agree",
+    "bar",
     "compose",
     "configure_optimizer",
     "constant",
@@ -217,6 +261,7 @@ __all__ = [
     "create_optimizer",
     "detect_overflow",
     "device",
+    "device_stats",
     "distributed",
     "ema_weights",
     "eval_step",
@@ -227,25 +272,33 @@ __all__ = [
     "fast_dev_run",
     "find_batch_size",
     "find_lr",
+    "group_by_length",
     "inverse_sqrt",
     "launch",
+    "learning_rates",
     "linear",
     "load_best",
     "load_weights",
     "overfit",
     "own",
+    "pad_collate",
     "param_groups",
+    "plot",
     "plot_schedule",
     "polynomial",
     "predict",
     "preemptible",
     "prefetch",
+    "profile",
     "progress",
     "reduce",
     "run",
     "sanity_check",
     "seed_everything",
+    "seeded",
     "sharded",
+    "summary",
+    "throughput",
     "to_device",
     "train_step",
     "update_bn",

@@ -66,6 +66,10 @@ class CheckpointWarning(UserWarning):
     """Training goes on, but not from where, or not with the copies, that one would expect."""
 
 
+class LogWarning(UserWarning):
+    """A place that a run is logged to cannot take it; the run goes on."""
+
+
 class MissingExtraError(LoopkitError, ImportError):
     """A package that a feature needs, and loopkit does not, is not installed."""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from loopkit.data.order import Part
+from loopkit.data.watch import DATA_TIMEOUT_S, end_workers, tracing, watch
 from loopkit.device import prefetch
 from loopkit.errors import DataError
 from loopkit.window import Ahead, Window
@@ -18,23 +20,33 @@ WindowSizes = Callable[[], int | None]
 def reading(
     data: Iterable[Any], opened: Callable[[Iterable[Any]], Iterator[Any]] = iter
 ) -> Iterator[Iterator[Any]]:
-    """Iterate over `data`, and leave no loader workers behind.
+    """Iterate over `data`, wait for no hung worker, and leave no loader workers behind.
 
     An iterator of a DataLoader ends its workers when it is collected, but a traceback,
     or a notebook that shows one, keeps it alive: so end them here. An iterator that was
     given as the data is its owner's, and is left as it is.
     """
-    batches = opened(data)
+    loader: Any = data.read if isinstance(data, Part) else data
+    with tracing(loader):
+        batches = opened(data)
+    sources = [batches] if not hasattr(batches, "sources") else batches.sources
+    for source in sources:
+        watch(source, getattr(loader, "timeout", 0) or DATA_TIMEOUT_S)
     try:
         yield batches
     finally:
-        end_workers = getattr(batches, "_shutdown_workers", None)
-        if batches is data or getattr(data, "persistent_workers", False):
-            pass
-        elif end_workers is not None:
-            end_workers()
-        elif isinstance(batches, Generator):  # it may read a loader itself
-            batches.close()
+        if batches is not data and not getattr(data, "persistent_workers", False):
+            _end(batches)
+        elif getattr(sources[0], "_shutdown", False):  # a hung one was ended with the others
+            vars(loader)["_iterator"] = None
+
+
+def _end(batches: Any) -> None:
+    for source in getattr(batches, "sources", [batches]):
+        if hasattr(source, "_shutdown_workers"):
+            end_workers(source)
+        elif isinstance(source, Generator):  # it may read a loader itself
+            source.close()
 
 
 def counted(batches: Iterator[Any], length: int, *, whole: bool = False) -> Iterator[Any]:

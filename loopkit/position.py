@@ -1,20 +1,20 @@
 """Where a run is in its data, so that it goes on with the very batches that were left."""
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import attrs
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from loopkit.data.order import SINGLE, Dealt, Order, Part, Share, sample_order
+from loopkit.data.epoch import datasets_within, tell_epoch
+from loopkit.data.order import SINGLE, Order, Part, Share, sample_order
 from loopkit.errors import DataError
 from loopkit.plain import is_stateful
-from loopkit.rng import rng_state, set_rng_state
+from loopkit.rng import rng_state
 
-_CPU = torch.device("cpu")  # loaders and samplers draw there
+CPU = torch.device("cpu")  # loaders and samplers draw there
+PLAIN = ("size", "counts", "world", "at", "items", "within", "total", "warm")
 
 
 @attrs.define
@@ -24,7 +24,8 @@ class Position:
     The order of a shuffled epoch follows from the random numbers at its beginning; so
     these are kept (a few kilobytes), and the epoch is opened with them again. What was
     taken before is passed over in the sampler: no sample is loaded for it. A loader with a
-    `state_dict` of its own is asked for it instead.
+    `state_dict` of its own is asked for it instead. Workers that persist are made anew; in
+    later epochs they draw other numbers then, unless the dataset is `seeded`.
 
     Where a batch sampler is torch's own the position counts samples, else batches, of
     the one order that all ranks share: `items + (batch - at) * world * size`. So an epoch goes
@@ -39,6 +40,11 @@ class Position:
         world: The ranks that the order is dealt to.
         at: The batch of each rank at which this counting began.
         items: How much of the order was gone then.
+        within: The epoch that it was in then; None if this counts from an epoch's beginning.
+        total: Samples or batches of the epoch, if known.
+        warm: Whether workers that persist were there when the epoch began: a loader draws no
+            seed for them then.
+        live: Whether they were there when this was saved.
     """
 
     start: dict[str, Any] | None = None
@@ -49,13 +55,22 @@ class Position:
     world: int = 1
     at: int = 0
     items: int = 0
+    within: int | None = None
+    total: int | None = None
+    warm: bool = False
+    live: bool = False
 
     @classmethod
-    def beginning(cls, data: object) -> "Position":
-        """The position before the first batch of an epoch; on all ranks the one of the first."""
+    def beginning(cls, data: object, before: "Position | None" = None) -> "Position":
+        """The position before the first batch of an epoch; on all ranks the one of the first.
+
+        Args:
+            data: What is about to be iterated over.
+            before: The position of the epoch before, as it may have been restored.
+        """
         if type(data) in {list, tuple, range}:  # whose order draws no numbers
             return cls()
-        start = {"rng": rng_state(_CPU), "generators": _states(data)}
+        start = {"rng": rng_state(CPU), "generators": _states(data)}
         if isinstance(data, Part) and data.share_start is not None:
             start = data.share_start(start)
         order = order_of(data)
@@ -64,21 +79,30 @@ class Position:
             size=order.size,
             counts=order.counts,
             world=order.share.world,
+            total=order.total,
+            warm=lives(data) or (before is not None and before.live),
         )
 
     def keep(self, data: object) -> None:
         """Note the state of a loader that has one, before more is read than was trained on."""
-        data = _stateful(data)
+        data = own_state(data)
         if is_stateful(data):
             self.loader = data.state_dict()
 
     def now(self, data: object) -> dict[str, Any]:
         """The position as plain data, for a checkpoint."""
-        own = _stateful(data)
+        own = own_state(data)
         loader = own.state_dict() if self.loader is None and is_stateful(own) else self.loader
         generators = self.generators if data is None else _states(data)
-        plain = {name: getattr(self, name) for name in ("size", "counts", "world", "at", "items")}
-        return {"start": self.start, "generators": generators, "loader": loader, **plain}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        live = self.live if data is None else lives(data)
+        return {
+            "start": self.start, "generators": generators, "loader": loader, "live": live, **plain
+        }  # fmt: skip
+
+    def interrupted(self, epoch: int, batch: int) -> bool:
+        """Whether something of this epoch was taken: a part of the first batch, if now larger."""
+        return bool(batch) or (self.within == epoch and self.at == 0)
 
     def taken(self, batch: int) -> int:
         """Samples or batches of the order that are gone when each rank has taken `batch` batches.
@@ -106,7 +130,8 @@ def order_of(data: object) -> Order:
 def sampler_order(batches: Any, size: int | None, share: Share = SINGLE) -> Order:
     """What a position in a map-style loader counts."""
     if not sample_order(batches):
-        return Order("batches", size, share, _length(batches))
+        known = getattr(batches, "batch_size", None) if size is None else size
+        return Order("batches", known if type(known) is int else None, share, _length(batches))
     return Order("samples", batches.batch_size, share, _length(batches.sampler), batches.drop_last)
 
 
@@ -117,7 +142,7 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def moved(data: object, position: Position, batch: int) -> int:
+def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     """The batches that each rank has taken, as `data` counts them, after a restore.
 
     With as many ranks and as large batches as before they are `batch`. Otherwise the position
@@ -128,125 +153,73 @@ def moved(data: object, position: Position, batch: int) -> int:
         data: What the epoch goes on with.
         position: Of the epoch that was interrupted; changed in place.
         batch: Batches that were taken of it by each rank.
+        epoch: Its number.
 
     Raises:
         DataError: If the place cannot be found in this data.
     """
     order = order_of(data)
-    if not batch or _same(order, position):
+    if position.start is None:  # of a list: nothing is known but the batches
+        position.counts, position.size = order.counts, order.size
+    if not position.interrupted(epoch, batch) or same_place(order, position):
         return batch
-    if order.counts != position.counts or order.counts == "share":
-        _refuse(order, position, batch)
-    if order.counts == "batches" and order.size != position.size:
-        _refuse(order, position, batch)
+    movable = order.counts == "samples" or (
+        order.counts == "batches" and order.size == position.size
+    )
+    if not movable or order.counts != position.counts or _of_another_size(order, position):
+        refuse(order, position, batch)
     taken = position.taken(batch)
     whole, left = order.rounds_after(0), order.rounds_after(taken)
     position.at = taken // order.share.world if whole is None or left is None else whole - left
     position.items, position.size, position.world = taken, order.size, order.share.world
+    position.within = epoch
     return position.at
 
 
-def _same(order: Order, position: Position) -> bool:
-    return (order.counts, order.size, order.share.world) == (
-        position.counts, position.size, position.world
-    )  # fmt: skip
+def same_place(order: Order, position: Position) -> bool:
+    """Whether a position counts what this order counts, by the same steps."""
+    now = (order.counts, order.size, order.share.world)
+    before = (position.counts, position.size, position.world)
+    return now == before and not _of_another_size(order, position)
 
 
-def _refuse(order: Order, position: Position, batch: int) -> NoReturn:
-    def described(size: int | None, counts: str, world: int) -> str:
+def _of_another_size(order: Order, position: Position) -> bool:
+    """Whether the data has grown, or is other data: its epoch has another order then."""
+    return None not in (order.total, position.total) and order.total != position.total
+
+
+def refuse(order: Order, position: Position, batch: int) -> NoReturn:
+    """Say that a place in other batches cannot be found in these.
+
+    Raises:
+        DataError: Always.
+    """
+
+    def described(size: int | None, counts: str, total: int | None, world: int) -> str:
         of = "a size that is not known" if size is None else f"{size} samples"
-        return f"of {of} (counted: {counts}, ranks: {world})"
+        return f"of {of} (counted: {counts}, in all: {total}, ranks: {world})"
 
-    now = described(order.size, order.counts, order.share.world)
-    before = described(position.size, position.counts, position.world)
+    now = described(order.size, order.counts, order.total, order.share.world)
+    before = described(position.size, position.counts, position.total, position.world)
     raise DataError(
         f"going on after batch {batch} of an epoch",
         f"batches {now}, where they were {before}",
-        "the batch size, sampler and ranks from before until the epoch is over,"
+        "the dataset, batch size, sampler and ranks from before until the epoch is over,"
         " or state.batch = 0 to begin it anew",
     )
 
 
-def begun(data: Iterable[Any], position: Position) -> Iterator[Any]:
-    """An iterator over `data` from the beginning of an epoch.
-
-    Args:
-        data: What is iterated over.
-        position: `Position.beginning(data)`. Where `data` is dealt to ranks all of them draw
-            the order from its random states; those of the first rank go on from there.
-    """
-    if not isinstance(data, Part) or data.order.counts == "share":
-        return iter(data)
-    own = rng_state(_CPU)
-    _go_to_start(data, position)
-    batches = data.opened(0)
-    if data.share.rank:
-        set_rng_state(own, _CPU)
-    return batches
+def persists(data: object) -> bool:
+    """Whether the workers of a loader outlive an epoch."""
+    read: Any = data.read if isinstance(data, Part) else data
+    torchs_own = isinstance(read, DataLoader) and not is_stateful(read)
+    return torchs_own and bool(read.persistent_workers)
 
 
-def reopened(data: Iterable[Any], position: Position, taken: int) -> Iterator[Any]:
-    """An iterator over `data` without the first `taken` batches, in the order of the epoch.
-
-    Args:
-        data: What is iterated over; not an iterator itself.
-        position: How the epoch began.
-        taken: Batches of it that each rank took.
-
-    Raises:
-        DataError: If the position is one in other batches; see `moved`.
-    """
-    now = rng_state(_CPU)
-    try:
-        return _opened_there(data, position, taken)
-    finally:
-        set_rng_state(now, _CPU)  # opening draws numbers, which the run has drawn before
-
-
-def _opened_there(data: Iterable[Any], position: Position, taken: int) -> Iterator[Any]:
-    order, own = order_of(data), _stateful(data)
-    if position.start is None:  # nothing is known but the batch
-        position = attrs.evolve(position, size=order.size, counts=order.counts)
-        position.world = order.share.world
-    elif not _same(order, position):
-        _refuse(order, position, taken)
-    if position.loader is not None and hasattr(own, "load_state_dict"):
-        own.load_state_dict(position.loader)
-        position.loader = None
-        return iter(data)
-    _go_to_start(data, position)
-    if isinstance(data, Part):
-        return data.opened(position.taken(taken))
-    return _passed_over(data, position.taken(taken))
-
-
-def _go_to_start(data: object, position: Position) -> None:
-    if position.start is not None:
-        set_rng_state(position.start["rng"], _CPU)
-        _restore(data, position.start["generators"])
-
-
-def _passed_over(data: Iterable[Any], taken: int) -> Iterator[Any]:
-    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
-        batches = iter(data)
-        for _ in itertools.islice(batches, taken):
-            pass
-        return batches
-    loader, rest = dealing(data, SINGLE)
-    rest.skip = taken
-    vars(loader)["persistent_workers"] = False
-    batches = iter(loader)
-    rest.walk.begin()
-    return batches
-
-
-def dealing(loader: DataLoader[Any], share: Share) -> tuple[DataLoader[Any], Dealt]:
-    """A copy of a map-style loader that gives one rank's batches, and what deals them."""
-    name = index_name(loader)
-    dealt, dealing = Dealt(getattr(loader, name), share), copy.copy(loader)
-    # DataLoader refuses to set it, lest its workers miss it; a copy without workers has none
-    vars(dealing).update({name: dealt, "_iterator": None})
-    return dealing, dealt
+def lives(data: object) -> bool:
+    """Whether the loader has workers that persist, which were made for an earlier epoch."""
+    read = data.read if isinstance(data, Part) else data
+    return persists(data) and getattr(read, "_iterator", None) is not None
 
 
 def index_name(loader: DataLoader[Any]) -> str:
@@ -254,7 +227,8 @@ def index_name(loader: DataLoader[Any]) -> str:
     return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
-def _stateful(data: Any) -> Any:
+def own_state(data: Any) -> Any:
+    """What may hold the position in its own `state_dict`."""
     return data.stateful if isinstance(data, Part) else data
 
 
@@ -272,7 +246,8 @@ def _states(data: object) -> list[torch.Tensor]:
     return [generator.get_state() for generator in generators_of(data)]
 
 
-def _restore(data: object, states: Iterable[torch.Tensor]) -> None:
+def restore_generators(data: object, states: Iterable[torch.Tensor]) -> None:
+    """Put the loader's own generators into these states."""
     for generator, state in zip(generators_of(data), states, strict=False):
         generator.set_state(state)
 
@@ -280,15 +255,16 @@ def _restore(data: object, states: Iterable[torch.Tensor]) -> None:
 def take_up(data: object, position: Position) -> None:
     """Put the generators of `data` where they were when the position was saved."""
     if position.generators is not None:
-        _restore(data, position.generators)
+        restore_generators(data, position.generators)
 
 
 def set_epoch(data: Any, epoch: int) -> None:
-    """Tell samplers and datasets that ask for it which epoch it is (`set_epoch`)."""
+    """Tell samplers and datasets that ask for it which epoch it is (`set_epoch`).
+
+    Those of a loader and of its batch sampler, and datasets within a Subset or ConcatDataset.
+    """
     data = data.read if isinstance(data, Part) else data
     batch_sampler = getattr(data, "batch_sampler", None)
-    parts = [data, getattr(data, "sampler", None), batch_sampler, getattr(data, "dataset", None)]
-    parts.append(getattr(batch_sampler, "sampler", None))
-    for part in {id(part): part for part in parts}.values():
-        if callable(getattr(part, "set_epoch", None)):
-            part.set_epoch(epoch)
+    samplers = [getattr(data, "sampler", None), batch_sampler]
+    samplers.append(getattr(batch_sampler, "sampler", None))
+    tell_epoch([data, *samplers, *datasets_within(data)], epoch)

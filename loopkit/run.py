@@ -13,7 +13,8 @@ from loopkit.errors import DataError, UsageError
 from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
-from loopkit.position import Position, begun, moved, reopened, set_epoch, take_up
+from loopkit.opening import opened
+from loopkit.position import Position, moved, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -95,17 +96,15 @@ class Loop:
             state.batch, state.position = 0, Position()
         elif state.data is None:
             take_up(self.data, state.position)
-            state.batch = moved(self.data, state.position, state.batch)
+            state.batch = moved(self.data, state.position, state.batch, state.epoch)
         self._roll_over()
         state.data, state.epoch_batches = self.data, self.limits.batches
         self._begun_at, self._dried_up = state.epoch, False
 
     def _open(self, data: Iterable[Any]) -> Iterator[Any]:
-        set_epoch(data, self.state.epoch)
-        if self.state.batch and not isinstance(data, Iterator):
-            return reopened(data, self.state.position, self.state.batch)
-        self.state.position = Position.beginning(data)
-        return begun(data, self.state.position)
+        state = self.state
+        state.position, batches = opened(data, state.position, state.epoch, state.batch)
+        return batches
 
     def _roll_over(self) -> None:
         state, length = self.state, self.limits.batches

@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 from loopkit.data.order import Uneven
 from loopkit.data.shard import sharded
-from loopkit.position import Position, begun, moved, reopened, set_epoch
+from loopkit.opening import begun, reopened
+from loopkit.position import Position, moved, set_epoch
 from torch.utils.data import (
     DataLoader,
     IterableDataset,

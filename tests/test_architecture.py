@@ -29,8 +29,15 @@ optim.combined optim.groups optim.plot optim.phases
 optim.schedule
 optim
 run predict
+observe.log observe.plot
+observe.delivery observe.console observe.trackers observe.progress observe.timing observe.throughput
+observe.profile observe.summary observe.monitor
+observe.files observe.display observe.fetch observe.flops observe.peak
+observe.sink
+observe.record observe.rank observe.stopwatch
 observe
 evaluate
+data.lengths data.collate
 decorators parallel.decorator
 compose
 step
@@ -60,10 +67,10 @@ parallel.environment parallel
 types modes metrics averages
 updates every stop
 state feed
-limits device output
+limits device output opening
 check checked outcome window interrupt seed position
-nested plain extras rng counting norms data.order data ranks
-errors exact
+nested plain extras rng counting norms data.order data.samples data.watch ranks
+errors exact data.epoch data
 """.split("\n")[1:-1]
 
 

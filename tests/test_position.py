@@ -29,10 +29,10 @@ class Samples(Dataset):
     """Numbered samples; it notes which were loaded."""
 
     def __init__(self, *, noisy=False):
-        self.noisy, self.loaded = noisy, []
+        self.noisy, self.loaded, self.count = noisy, [], COUNT
 
     def __len__(self):
-        return COUNT
+        return self.count
 
     def __getitem__(self, index):
         self.loaded.append(index)
@@ -186,15 +186,56 @@ def test_batches_that_were_taken_are_not_loaded_again():
     assert sorted(state.extras["seen"]) == [*range(COUNT)]
 
 
-def test_an_epoch_goes_on_with_another_batch_size():
-    """The position counts samples: with larger batches each of the others is seen once."""
+def opened_only(state, size):
+    """The state, when an epoch was opened with this batch size and left before an update."""
+    with lk.run(step, state, DataLoader(Samples(), size, shuffle=True), max_steps=state.step):
+        pass
+    for _ in lk.run(step, state, DataLoader(Samples(), size, shuffle=True), max_time=1e-9):
+        pass
+    return state
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 5), (4, 8), (6, 1), (3, COUNT)])
+def test_an_epoch_goes_on_with_another_batch_size(before, after):
+    """The position is one in samples: the rest of the epoch has each of the others once."""
+    state = fresh()
+    for _ in lk.run(step, state, DataLoader(Samples(), before, shuffle=True), max_steps=3):
+        pass
+    state, _ = resumed(state, LOADERS["shuffled"])
+    state, _ = resumed(opened_only(state, 23), LOADERS["shuffled"])
+    data = DataLoader(Samples(), after, shuffle=True)
+    updates = lk.run(step, state, data, max_epochs=1)
+    assert updates.total_steps is not None
+    ends = [state.epoch_end for state in updates]
+    assert len(ends) == -(-(COUNT - 3 * before) // after)
+    assert ends == [False] * (len(ends) - 1) + [True]
+    assert sorted(state.extras["seen"]) == [*range(COUNT)]
+    assert len(data.dataset.loaded) == COUNT - 3 * before
+    for _ in lk.run(step, state, data, max_epochs=2):
+        pass
+    assert sorted(state.extras["seen"][COUNT:]) == [*range(COUNT)]
+
+
+def test_batches_of_another_size_that_cannot_be_found_again_are_refused():
+    """Where the batches are a sampler's or a stream's own: an error, and the state stays."""
+    state = fresh()
+    next(lk.run(step, state, LOADERS["a stream"]()))
+    state, _ = resumed(state, LOADERS["a stream"])
+    for other in (DataLoader(Stream(), 5), LOADERS["shuffled"]()):
+        with pytest.raises(lk.DataError, match=r"batches of \d samples .*where they were of 4"):
+            next(lk.run(step, state, other))
+    assert state.step == 1
+
+
+def test_a_dataset_that_has_grown_is_refused_within_an_epoch():
+    """Its samples have another order: some would come twice, and some never."""
     state = fresh()
     next(lk.run(step, state, LOADERS["shuffled"]()))
     state, _ = resumed(state, LOADERS["shuffled"])
-    for _ in lk.run(step, state, DataLoader(Samples(), 5, shuffle=True), max_epochs=1):
-        pass
-    assert sorted(state.extras["seen"]) == [*range(COUNT)]
-    assert state.batch == 0 or state.epoch_end
+    data = LOADERS["shuffled"]()
+    data.dataset.count = COUNT + 1
+    with pytest.raises(lk.DataError, match=r"in all: 24.* in all: 23"):
+        next(lk.run(step, state, data))
 
 
 def test_samplers_are_told_the_epoch():
@@ -209,25 +250,34 @@ def test_samplers_are_told_the_epoch():
     assert sampler.epoch == 1
 
 
-def test_persistent_workers_go_on_with_what_was_left():
-    """The epoch goes on with the samples that were left; later epochs are shuffled anew."""
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("cut", [3, 6, 8, 14])
+def test_persistent_workers_go_on_with_what_was_left(cut, own):
+    """Within an epoch, at its end, in the next one: the same samples in the same order."""
 
     def make():
-        return DataLoader(Samples(), SIZE, shuffle=True, num_workers=2, persistent_workers=True)
+        return DataLoader(
+            Samples(), SIZE, shuffle=True, num_workers=1, persistent_workers=True,
+            generator=generator() if own else None,
+        )  # fmt: skip
 
     seeded()
-    whole, data = fresh(), make()
-    for _ in lk.run(step, whole, data, max_epochs=1):
+    whole = fresh()
+    for _ in lk.run(step, whole, make(), max_epochs=3):
         pass
     seeded()
     state, data = fresh(), make()
-    for _ in lk.run(step, state, data, max_steps=3):
+    for _ in lk.run(step, state, data, max_steps=cut, max_epochs=3):
+        pass
+    for _ in lk.run(step, state, data, max_steps=cut + 1, max_epochs=3):  # in the same process
         pass
     state, data = resumed(state, make)
-    for _ in lk.run(step, state, data, max_epochs=2):
+    for _ in lk.run(step, state, data, max_steps=cut + 2, max_epochs=3):
         pass
-    assert state.extras["seen"][:COUNT] == whole.extras["seen"]
-    assert sorted(state.extras["seen"][COUNT:]) == [*range(COUNT)]
+    for _ in lk.run(step, state, data, max_epochs=3):
+        pass
+    assert state.extras["seen"] == whole.extras["seen"]
+    assert_bitwise_equal(without_data(state), without_data(whole), f"cut at {cut}:")
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13

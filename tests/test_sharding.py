@@ -137,3 +137,25 @@ def test_a_sampler_that_draws_on_its_way_has_one_order_on_all_ranks():
     again = Ranks(make, 2)
     again.go_on(saved, 2)
     assert real(again.take(1))[0].tolist() == real(rounds[2:])[0].tolist()
+
+
+@settings(deadline=None)
+@given(SIZED, st.integers(1, 12), st.sampled_from(POLICIES), st.integers(0, 4))
+def test_the_first_batches_are_the_same_for_any_number_of_ranks(drawn, first, uneven, cut):
+    """`first` counts the batches of all ranks, also when the rest of them is opened later."""
+    kind, count, size, world = drawn
+    make = functools.partial(LOADERS[kind], count, size)
+    if world == 1:
+        return  # one rank reads the data itself
+    whole = alone(make)[:first]
+    ranks = Ranks(make, world, uneven, first=first).begin()
+    length = len(ranks.parts[0])
+    cut = min(cut, length)
+    rounds = ranks.take(cut)
+    again = Ranks(make, world, uneven, first=first)
+    again.go_on(ranks.positions[0].now(ranks.parts[0]), cut)
+    rounds += again.take(length - cut)
+    assert [next(batches, None) for batches in again.iterators] == [None] * world
+    expected = whole[: len(whole) // world * world] if uneven == "drop" else whole
+    assert real(rounds)[: len(expected)] == expected
+    assert len(rounds) == -(-len(expected) // world)

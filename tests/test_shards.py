@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from loopkit.data.order import Uneven
 from loopkit.feed import reading
 from loopkit.limits import known_length
-from loopkit.position import Position, begun, moved, reopened, set_epoch
+from loopkit.opening import begun, reopened
+from loopkit.position import Position, moved, set_epoch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from feeds import children
@@ -347,3 +348,20 @@ def test_a_position_in_other_batches_is_refused():
             moved(other, position, 2)
         with pytest.raises(lk.DataError, match="counted: batches"):
             reopened(other, position, 2)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stateful_loader_is_dealt_like_another(workers):
+    """Of torchdata's loader over numbered samples the position is ours, so ranks may change."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    make = functools.partial(
+        stateful, range(19), 2, shuffle=True, collate_fn=plain, num_workers=workers
+    )
+    ranks = Ranks(make, 2).begin()
+    seen = real(ranks.take(2))
+    saved = ranks.positions[0].now(ranks.parts[0])
+    again = Ranks(make, 3)
+    again.go_on(saved, 2)
+    seen += real(again.take(2))
+    assert samples(seen) == dict.fromkeys(range(19), 1)

@@ -13,7 +13,7 @@ from loopkit.errors import Preempted, UsageError
 from loopkit.interrupt import Notice, in_main_thread
 from loopkit.limits import Time, seconds
 from loopkit.state import TrainState
-from loopkit.updates import Updates
+from loopkit.updates import Adapted
 
 TIME_IS_UP = 14  # SIGALRM, which not every system has
 SIGNALS = tuple(
@@ -99,26 +99,11 @@ def _mark_of(state: TrainState) -> tuple[Any, ...]:
     return id(state.outcome), state.step, state.epoch, state.batch
 
 
-class Preemptible(Updates):
-    """The states of a run that can be asked to stop; made by `preemptible`.
-
-    Attributes:
-        run: What the states come from.
-    """
+class Preemptible(Adapted):
+    """The states of a run that can be asked to stop; made by `preemptible`."""
 
     def __init__(self, run: Iterable[TrainState], preemption: Preemption) -> None:
-        self.run = run
-        super().__init__(_watched(run, preemption))
-
-    @property
-    def total_steps(self) -> int | None:
-        """That of the run, if it has one."""
-        return getattr(self.run, "total_steps", None)
-
-    def close(self) -> None:
-        """End it where it is, the run as well."""
-        super().close()
-        _close(self.run)
+        super().__init__(run, _watched(run, preemption))
 
 
 def preemptible(

@@ -7,15 +7,11 @@ from loopkit.errors import CheckpointError
 from loopkit.every import Every
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
-from loopkit.updates import Updates
+from loopkit.updates import Adapted
 
 
-class Saving(Updates):
-    """The states of a run, which is saved on the way; made by `Checkpointer.wrap`.
-
-    Attributes:
-        run: What the states come from.
-    """
+class Saving(Adapted):
+    """The states of a run, which is saved on the way; made by `Checkpointer.wrap`."""
 
     def __init__(
         self,
@@ -24,23 +20,9 @@ class Saving(Updates):
         save: Callable[[TrainState], object],
         wait: Callable[[], object],
     ) -> None:
-        self.run = run
-        super().__init__(_saved(run, every, save, wait))
-
-    @property
-    def total_steps(self) -> int | None:
-        """That of the run, if it has one."""
-        return getattr(self.run, "total_steps", None)
-
-    def close(self) -> None:
-        """End it where it is, the run as well."""
-        super().close()
-        if hasattr(self.run, "close"):
-            self.run.close()
+        super().__init__(run, _saved(run, every, save, wait))
 
 
-# A function, as a generator that held its `Saving` would be a cycle: data workers would
-# outlive a `break` until the garbage collector finds it.
 def _saved(
     run: Iterable[TrainState],
     every: Every,

@@ -56,11 +56,13 @@ class Share:
         world: Number of ranks.
         uneven: What ranks do that run out in the last round: `"exact"` gives them fillers,
             `"drop"` leaves the round out, `"pad"` repeats batches from the epoch's start.
+        first: How many batches of an epoch are dealt in all; None for all.
     """
 
     rank: int = 0
     world: int = 1
     uneven: str = "exact"
+    first: int | None = None
 
     def rounds(self, count: int) -> int:
         """How many batches each rank takes of `count`: ceil(count / world), floor for `"drop"`.
@@ -69,7 +71,14 @@ class Share:
             >>> Share(0, 4).rounds(9), Share(0, 4, "drop").rounds(9)
             (3, 2)
         """
+        count = count if self.first is None else min(count, self.first)
         return count // self.world if self.uneven == "drop" else -(-count // self.world)
+
+    def after(self, batches: int) -> "Share":
+        """The share of what is left when these batches are gone."""
+        return attrs.evolve(
+            self, first=None if self.first is None else max(0, self.first - batches)
+        )
 
     @property
     def kept(self) -> int:
@@ -133,10 +142,14 @@ class Order:
         """
         if self.total is None:
             return None
-        left = max(0, self.total - taken)
+        left, each = max(0, self.total - taken), 1
         if self.counts == "samples":
-            left = left // self.size if self.drop_last else -(-left // self.size)  # type: ignore[operator]
-        return self.share.rounds(left) if self.counts != "share" else left
+            each = self.size or 1
+            left = left // each if self.drop_last else -(-left // each)
+        return left if self.counts == "share" else self.share.after(taken // each).rounds(left)
+
+
+AtFirst = Callable[[], object]
 
 
 class Part(abc.ABC):
@@ -160,8 +173,8 @@ class Part(abc.ABC):
         """What a position in it counts."""
 
     @abc.abstractmethod
-    def opened(self, taken: int) -> Iterator[Any]:
-        """An iterator without the first `taken` items of the order."""
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:
+        """An iterator without the first `taken` items of the order; see `Walk` for `at_first`."""
 
     @property
     def persistent_workers(self) -> bool:
@@ -180,14 +193,22 @@ class Walk:
     Not before: a loader draws the seed of its workers between making the sampler's
     iterator and asking it, and the order of draws has to stay.
 
+    Args:
+        batches: Of all ranks: a batch sampler, a sampler, or batches.
+        share: Those to give.
+        skip: Items of the order to pass over.
+        at_first: Called when it begins, before numbers are drawn for the order.
+
     Attributes:
         even: How many it has given of rounds in which no rank misses its own; those come first.
         missing: How many ranks miss theirs in the last round.
         filler: Whether this one does.
     """
 
-    def __init__(self, batches: Any, share: Share, skip: int) -> None:
-        self._dealt = _walked(batches, share, skip)
+    def __init__(
+        self, batches: Any, share: Share, skip: int, at_first: AtFirst | None = None
+    ) -> None:
+        self._dealt = _walked(batches, share, skip, at_first)
         self._first: list[tuple[Any, int, bool]] = []
         self.even, self.missing, self.filler = 0, 0, False
 
@@ -205,16 +226,22 @@ class Walk:
             self._first.extend(itertools.islice(self._dealt, 1))
 
 
-def _walked(batches: Any, share: Share, skip: int) -> Iterator[tuple[Any, int, bool]]:
+def _walked(
+    batches: Any, share: Share, skip: int, at_first: AtFirst | None
+) -> Iterator[tuple[Any, int, bool]]:
+    if at_first is not None:
+        at_first()
     grouped = sample_order(batches)
     source = batches.sampler if grouped else batches
     items = iter(source if share.world == 1 else _drawn(source))
-    head = [*itertools.islice(items, share.kept * (batches.batch_size if grouped else 1))]
+    each = batches.batch_size if grouped else 1
+    head = [*itertools.islice(items, share.kept * each)]
     later = itertools.islice(items, max(0, skip - len(head)), None)
     rest: Iterator[Any] = itertools.chain(head[skip:], later)
     if grouped:
         head, rest = [*_cut(batches, head)], _cut(batches, rest)
-    yield from share.dealt(rest, head)
+    share = share.after(skip // each)
+    yield from share.dealt(itertools.islice(rest, share.first), head)
 
 
 def _cut(batches: BatchSampler, samples: Iterable[int]) -> Iterator[Any]:
@@ -240,22 +267,33 @@ class Dealt:
     Attributes:
         batches: The loader's own batch sampler, or sampler where it makes no batches.
         share: The rank's share.
-        skip: Items of the order that the next iterator passes over.
         sampler: The sampler within it.
         walk: The iterator that was made last.
     """
 
-    def __init__(self, batches: Any, share: Share, skip: int = 0) -> None:
-        self.batches, self.share, self.skip = batches, share, skip
+    def __init__(self, batches: Any, share: Share) -> None:
+        self.batches, self.share = batches, share
         self.sampler = getattr(batches, "sampler", None)
+        self._skip = 0
+        self._at_first: AtFirst | None = None
         self.walk = Walk((), share, 0)
 
     def __len__(self) -> int:
         return self.share.rounds(len(self.batches))
 
     def __iter__(self) -> Walk:
-        self.walk = Walk(self.batches, self.share, self.skip)
+        self.walk = Walk(self.batches, self.share, self._skip, self._at_first)
         return self.walk
+
+    def opened(self, loader: Any, skip: int, at_first: AtFirst | None = None) -> Iterator[Any]:
+        """An iterator over the loader that this stands in, without the first `skip` items."""
+        self._skip, self._at_first = skip, at_first
+        try:
+            batches: Iterator[Any] = iter(loader)
+            self.walk.begin()
+        finally:
+            self._skip, self._at_first = 0, None
+        return batches
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the batch sampler, if it asks for it."""

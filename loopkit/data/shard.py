@@ -8,12 +8,13 @@ from typing import Any
 import attrs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from loopkit.check import one_of
-from loopkit.data.order import UNEVEN, Order, Part, Share, Uneven, Walk
+from loopkit.check import at_least_one, one_of
+from loopkit.data.order import UNEVEN, AtFirst, Order, Part, Share, Uneven, Walk
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import known_length
+from loopkit.opening import begun, dealing
 from loopkit.plain import is_stateful
-from loopkit.position import Position, begun, dealing, index_name, sampler_order
+from loopkit.position import Position, index_name, sampler_order
 
 Count = Callable[[bool], int]
 ShareStart = Callable[[Any], Any]
@@ -24,26 +25,20 @@ _SHARED = (("num_replicas", "rank"), ("world_size", "rank"), ("num_processes", "
 
 
 class Marked(Iterator[Any]):
-    """The batches of a rank; those after the `even` ones of its walk are of an uneven round."""
+    """The batches of a rank; those after the `even` ones of its walk are of an uneven round.
 
-    def __init__(self, batches: Iterator[Any], walk: Walk, source: object) -> None:
-        self._batches, self._walk, self._source, self._given = batches, walk, source, 0
+    Attributes:
+        sources: The iterators that are read.
+    """
+
+    def __init__(self, batches: Iterator[Any], walk: Walk, *sources: Iterator[Any]) -> None:
+        self._batches, self._walk, self._given, self.sources = batches, walk, 0, sources
 
     def __next__(self) -> Any:
         batch = next(self._batches)
         self._given += 1
         walk = self._walk
         return batch if self._given <= walk.even else Uneven(batch, walk.missing, walk.filler)
-
-    def _shutdown_workers(self) -> None:
-        end_source(self._source)
-
-
-def end_source(source: object) -> None:
-    """End the workers of a loader's iterator, or close a generator."""
-    end = getattr(source, "_shutdown_workers", getattr(source, "close", None))
-    if end is not None:
-        end()
 
 
 @attrs.define(eq=False)
@@ -64,7 +59,7 @@ class Stream(Part):
     def __iter__(self) -> Iterator[Any]:
         return begun(self, Position.beginning(self))
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches of the stream."""
         source = iter(self.read)
         walk = Walk(itertools.chain(source), self.share, taken)  # a chain has no length to trust
@@ -77,10 +72,10 @@ class Listed(Stream):
     def __len__(self) -> int:
         return self.share.rounds(len(self.read))
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches."""
         walk = Walk(range(len(self.read)), self.share, taken)
-        return Marked(map(self.read.__getitem__, walk), walk, None)
+        return Marked(map(self.read.__getitem__, walk), walk)
 
 
 class Loaded(Stream):
@@ -95,14 +90,11 @@ class Loaded(Stream):
     def __len__(self) -> int:
         return len(self.read)
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:
         """An iterator without the first `taken` items of the order."""
         dealt = getattr(self.read, index_name(self.read))
-        dealt.skip = taken
-        batches = iter(self.read)
-        dealt.skip, walk = 0, dealt.walk
-        walk.begin()
-        return Marked(batches, walk, batches)
+        batches = dealt.opened(self.read, taken, at_first)
+        return Marked(batches, dealt.walk, batches)
 
 
 @attrs.define(eq=False)
@@ -127,7 +119,7 @@ class Own(Stream):
     def __iter__(self) -> Iterator[Any]:
         return Agreed(self, iter(self.read), [])
 
-    def opened(self, taken: int) -> Iterator[Any]:
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """An iterator without the first `taken` batches of this rank."""
         batches = iter(self.read)
         first = [*itertools.islice(batches, min(1, taken))]
@@ -177,10 +169,10 @@ class Agreed(Iterator[Any]):
         self._repeats = iter(self._part.read)
         return next(self._repeats, self._first[0])
 
-    def _shutdown_workers(self) -> None:
-        if not self._part.persistent_workers:
-            end_source(self._batches)
-            end_source(self._repeats)
+    @property
+    def sources(self) -> list[Iterator[Any]]:
+        """The iterators that are read."""
+        return [self._batches, self._repeats]
 
 
 class Once(Part, Iterator[Any]):
@@ -198,7 +190,7 @@ class Once(Part, Iterator[Any]):
     def __next__(self) -> Any:
         return next(self._batches)
 
-    def opened(self, taken: int) -> Iterator[Any]:  # noqa: ARG002
+    def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
         """Itself: it goes on where it is."""
         return self
 
@@ -212,6 +204,7 @@ def sharded(
     world: int,
     uneven: str = "exact",
     *,
+    first: int | None = None,
     stream: str | None = None,
     count: Count | None = None,
     share_start: ShareStart | None = None,
@@ -233,6 +226,8 @@ def sharded(
         world: Number of ranks; for 1 the data itself comes back.
         uneven: For ranks that run out in the last round: `"exact"` gives them fillers (see
             `Uneven`), `"drop"` leaves the round out, `"pad"` repeats batches from the start.
+        first: Deal only so many batches of an epoch, over all ranks; for a part of an evaluation
+            that does not depend on the number of ranks.
         stream: For data without numbered samples: `"split"`, every rank reads it all and keeps its
             part, or `"sharded"`, it differs on each rank already.
         count: How many ranks say True; called before each batch of what was shared out by
@@ -253,7 +248,7 @@ def sharded(
         >>> list(sharded([0, 1, 2, 3, 4], 1, 2))
         [1, 3, Uneven(batch=0, missing=1, filler=True)]
     """
-    share = _checked(rank, world, uneven, stream)
+    share = _checked(rank, world, uneven, stream, first)
     if world == 1:
         return data
     found = _shared_out(data)
@@ -268,14 +263,14 @@ def sharded(
     return _loaded(data, share, share_start)
 
 
-def _checked(rank: int, world: int, uneven: str, stream: str | None) -> Share:
+def _checked(rank: int, world: int, uneven: str, stream: str | None, first: int | None) -> Share:
     call = f"sharded(data, {rank!r}, {world!r})"
     if not (type(rank) is type(world) is int and 0 <= rank < world):
         raise UsageError(call, f"rank {rank!r} of {world!r}", "0 <= rank < world")
     one_of(call, "uneven", uneven, UNEVEN)
     if stream is not None:
         one_of(call, "stream", stream, STREAMS)
-    return Share(rank, world, uneven)
+    return Share(rank, world, uneven, None if first is None else at_least_one(call, "first", first))
 
 
 def _kind(data: Any, share: Share, stream: str | None) -> type[Stream]:

@@ -1,18 +1,22 @@
-"""A progress bar round a run."""
+"""Progress round a run, and round the batches of an evaluation."""
 
-import importlib.util
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any
 
 import attrs
 
-from loopkit.check import positive
+from loopkit.check import near, positive
+from loopkit.errors import UsageError
+from loopkit.feed import reading
+from loopkit.limits import known_length
+from loopkit.observe.display import Bar, Display, Lines, Pace, Shown, amount, is_fancy
+from loopkit.observe.fetch import Fetched, fetch
+from loopkit.observe.rank import is_main_rank
 from loopkit.state import TrainState
-
-PLAIN_EVERY_S = 10.0
+from loopkit.updates import Adapted, check_updates
 
 
 @attrs.define
@@ -36,153 +40,185 @@ class Rates:
         return (state.step - self.step) / passed, (state.samples - self.samples) / passed
 
 
-def amount(number: float) -> str:
-    """A number with few digits, by thousands.
-
-    Example:
-        >>> amount(0.123456), amount(85.2), amount(15340)
-        ('0.123', '85.2', '15.3k')
-    """
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(number) >= limit:
-            return f"{number / (1e3 if unit == 'k' else limit):.1f}{unit}"
-    return f"{number:.3g}"
-
-
-def facts(state: TrainState, rates: tuple[float, float]) -> str:
-    """Loss, learning rate and speed of the state, in words; this waits for the device."""
-    parts = [f"loss {amount(state.loss.item())}"]
-    if state.lr is not None:
-        parts.append(f"lr {amount(float(state.lr))}")
-    if rates[0]:
-        parts.append(f"{amount(rates[0])} it/s")
-        parts.append(f"{amount(rates[1])} samples/s")
-    return " ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss.
-
-    Example:
-        >>> clock(3725)
-        '1:02:05'
-    """
-    minutes, secs = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{secs:02d}"
-
-
-class Display(Protocol):
-    """What shows the progress: a bar or lines."""
-
-    def show(self, state: TrainState, text: str, remaining: float | None) -> None:
-        """Show the state as it is now."""
-        ...
-
-
 @attrs.define
-class Lines(AbstractContextManager["Lines"]):
-    """Plain lines, where no terminal can redraw one."""
+class Frame:
+    """What is to be shown of one update, when its numbers have arrived from the device."""
 
-    file: Any
-    total: int | None
+    epoch: int
+    step: int
+    rates: tuple[float, float]
+    values: Fetched
 
-    def __exit__(self, *exception: object) -> None:
-        """Nothing to close."""
-
-    def show(self, state: TrainState, text: str, remaining: float | None) -> None:
-        """Write a line."""
-        of = f"/{self.total}" if self.total else ""
-        eta = "" if remaining is None else f"  eta {clock(remaining)}"
-        self.file.write(f"epoch {state.epoch}  step {state.step}{of}  {text}{eta}\n")
-        self.file.flush()
-
-
-class Bar(AbstractContextManager["Bar"]):
-    """A bar that is redrawn in place, by rich."""
-
-    def __init__(self, file: Any, total: int | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.fields[of]}"),
-            TextColumn("{task.fields[text]}", style="cyan"),
-            TextColumn("{task.fields[eta]}"),
-            console=Console(file=file),
-            auto_refresh=False,
-            expand=True,
-        )
-        self._task = self._progress.add_task(
-            "", total=total, of=total or "?", epoch=0, text="", eta=""
-        )
-
-    def __enter__(self) -> "Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def show(self, state: TrainState, text: str, remaining: float | None) -> None:
-        """Redraw the bar."""
-        eta = "" if remaining is None else clock(remaining)
-        self._progress.update(
-            self._task, completed=state.step, epoch=state.epoch, text=text, eta=eta, refresh=True
-        )
+    def shown(self, total: int | None) -> Shown:
+        """As a bar shows it; this waits for numbers that are still on their way."""
+        parts = [
+            f"{name} {value if isinstance(value, str) else amount(value)}"
+            for name, value in self.values.values().items()
+        ]
+        remaining = None
+        if self.rates[0]:
+            parts += [f"{amount(self.rates[0])} it/s", f"{amount(self.rates[1])} samples/s"]
+            remaining = (total - self.step) / self.rates[0] if total else None
+        return Shown(f"epoch {self.epoch}", self.step, total, " ".join(parts), remaining)
 
 
 def progress(
-    updates: Iterable[TrainState], *, every_s: float = 0.2, file: Any = None
-) -> Iterator[TrainState]:
+    updates: Iterable[TrainState],
+    *,
+    show: Iterable[str] = (),
+    every_s: float = 0.2,
+    file: Any = None,
+) -> Adapted:
     """Show how far a run is: epoch, step, loss, learning rate, speed, and the time that is left.
 
-    A bar on a terminal (with rich installed), else a line every ten seconds. The loss is
-    read when it is shown, which waits for the device, so at most every `every_s` seconds.
+    A bar on a terminal (with rich installed), else a line every ten seconds. Numbers are
+    copied from the device in the background, and shown when they have arrived. One rank
+    shows it.
 
     Args:
         updates: A run, or any iterator of states.
+        show: Names of `state.metrics` to show as well.
         every_s: Seconds between two redraws of the bar.
         file: Where it is shown; standard error by default.
 
-    Yields:
-        The states of `updates`, as they are.
+    Returns:
+        An iterator of the states of `updates`, and context manager, with its `.total_steps`.
 
     Raises:
-        UsageError: If `every_s` is not above 0.
+        UsageError: If `every_s` is not above 0; at the first update, for a name that
+            `state.metrics` does not have.
 
     Example:
         >>> list(progress([]))
         []
     """
     positive(f"progress(every_s={every_s})", "every_s", every_s)
-    file = file or sys.stderr
+    check_updates("progress", updates)
+    if not is_main_rank():
+        return Adapted(updates, _passed(updates))
     total = getattr(updates, "total_steps", None)
-    fancy = file.isatty() and importlib.util.find_spec("rich") is not None
-    display = Bar(file, total) if fancy else Lines(file, total)
-    return _shown(updates, display, every_s if fancy else PLAIN_EVERY_S, total)
+    return Adapted(updates, _shown(updates, tuple(show), _file(file), every_s, total))
+
+
+def _passed(updates: Iterable[TrainState]) -> Generator[TrainState]:
+    yield from updates
+
+
+def _file(given: Any) -> Any:
+    return sys.stderr if given is None else given
+
+
+def _display(file: Any, every_s: float, *, nested: bool = False) -> Display:
+    return Bar(file, every_s) if is_fancy(file) else Lines(file, nested)
 
 
 def _shown(
-    updates: Iterable[TrainState], display: Bar | Lines, every_s: float, total: int | None
-) -> Iterator[TrainState]:
-    rates, due, state, shown = Rates(), 0.0, None, -1
-    with display:
+    updates: Iterable[TrainState], names: tuple[str, ...], file: Any, every_s: float, total: Any
+) -> Generator[TrainState]:
+    rates, last = Rates(), -1
+    state: TrainState | None = None
+    frame: Frame | None = None
+    with contextlib.closing(_display(file, every_s)) as display:
+        pace = Pace(display.every_s)
         try:
             for state in updates:
-                now = time.monotonic()
-                if now >= due:
-                    _show(display, state, rates.of(state, now), total)
-                    due, shown = now + every_s, state.step
+                if frame is None and pace.is_due():
+                    frame = _frame(state, rates, names)
+                if frame is not None and frame.values.ready():
+                    display.show(frame.shown(total))
+                    last, frame = frame.step, None
                 yield state
         finally:
-            if state is not None and shown != state.step:
-                _show(display, state, rates.of(state, time.monotonic()), total)
+            if state is not None and last != state.step:
+                display.show(_frame(state, rates, names).shown(total))
 
 
-def _show(
-    display: Display, state: TrainState, speed: tuple[float, float], total: int | None
-) -> None:
-    remaining = (total - state.step) / speed[0] if total and speed[0] else None
-    display.show(state, facts(state, speed), remaining)
+def _frame(state: TrainState, rates: Rates, names: tuple[str, ...]) -> Frame:
+    values: dict[str, Any] = {"loss": state.loss}
+    if state.lr is not None:
+        values["lr"] = state.lr
+    values |= {name: _metric(state.metrics, name) for name in names}
+    speed = rates.of(state, time.monotonic())
+    return Frame(state.epoch, state.step, speed, fetch("progress(run)", values))
+
+
+def _metric(metrics: Mapping[str, Any], name: str) -> Any:
+    if name in metrics:
+        return metrics[name]
+    raise UsageError(
+        f"progress(run, show=[{name!r}])",
+        f"state.metrics without it: {sorted(metrics)}",
+        f"{near(name, metrics)}, or {name!r} as a 0-d tensor in the step function's mapping",
+    )
+
+
+class Counted:
+    """Data that shows how far one is through it; made by `bar`.
+
+    Everything else is the data's own: its length, its samplers and generators.
+
+    Attributes:
+        data: The data.
+    """
+
+    def __init__(self, data: Iterable[Any], label: str, every_s: float, file: Any) -> None:
+        self.data = data
+        self._label, self._every_s, self._file = label, every_s, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["data"], name)
+
+    def __len__(self) -> int:
+        return known_length(self.data)  # type: ignore[return-value] # None is a TypeError, of len()
+
+    def __iter__(self) -> Iterator[Any]:
+        if not is_main_rank():
+            return iter(self.data)
+        return _counted(self.data, self._label, self._every_s, _file(self._file))
+
+
+def bar(
+    data: Iterable[Any], label: str = "batches", *, every_s: float = 0.2, file: Any = None
+) -> Any:
+    """Show how far an evaluation is: a bar under that of the run, gone when it is over.
+
+    `lk.evaluate(eval_step, state, lk.bar(val_loader, "val"))`. Into a file or a pipe it
+    writes a line only where it takes more than ten seconds.
+
+    Args:
+        data: Any iterable of batches, for `evaluate`, `predict` or a loop of your own.
+        label: What is shown before it.
+        every_s: Seconds between two redraws.
+        file: Where it is shown; standard error by default.
+
+    Returns:
+        The same data, which can be iterated over as often as it could.
+
+    Raises:
+        UsageError: If `every_s` is not above 0, or the data is nothing to iterate over.
+
+    Example:
+        >>> import io
+        >>> list(bar([1, 2, 3], "val", file=io.StringIO()))
+        [1, 2, 3]
+    """
+    positive(f"bar(data, every_s={every_s})", "every_s", every_s)
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise UsageError("bar(data)", f"a {type(data).__name__}", "a loader: bar(val_loader)")
+    return Counted(data, label, every_s, file)
+
+
+def _counted(data: Iterable[Any], label: str, every_s: float, file: Any) -> Generator[Any]:
+    total, started = known_length(data), time.monotonic()
+    with contextlib.closing(_display(file, every_s, nested=True)) as display:
+        pace = Pace(display.every_s)
+        pace.is_due()
+        if isinstance(display, Bar):
+            display.show(Shown(label, 0, total))
+        with reading(data) as batches:
+            for done, batch in enumerate(batches, 1):
+                if pace.is_due():
+                    rate = done / max(time.monotonic() - started, 1e-9)
+                    remaining = (total - done) / rate if total else None
+                    display.show(Shown(label, done, total, f"{amount(rate)} it/s", remaining))
+                yield batch
