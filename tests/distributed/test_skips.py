@@ -65,9 +65,7 @@ def test_an_overflow_on_one_rank_lowers_the_scale_of_all(strategy):
     assert_bitwise_equal(weights, others)
     assert_bitwise_equal(averages, too)
     state = fresh()
-    hand = train_by_hand(
-        rooted, state, data, accumulate=2, amp="fp16", init_scale=SCALE, ema=0.9
-    )
+    hand = train_by_hand(rooted, state, data, accumulate=2, amp="fp16", init_scale=SCALE, ema=0.9)
     assert hand.applied == [applied for applied, _ in found]
     for name, value in state.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=2e-3, atol=2e-4)
