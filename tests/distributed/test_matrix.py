@@ -198,7 +198,7 @@ def test_a_method_behind_the_shards_is_an_error_that_names_methods(function, eva
 
 
 def test_parameters_without_gradient_are_an_error_that_names_the_setting():
-    """DDP waits for the gradient of each parameter; where one has none, the error says what to do."""
+    """DDP waits for the gradient of each parameter; where one has none, the error tells."""
     for message in POOL.run(2, refused, "ddp", Idle, classifier):
         assert "extra.weight, extra.bias" in message
         assert "lk.DDP(find_unused_parameters=True)" in message
@@ -211,7 +211,7 @@ class Normed(Blocks):
 
 
 def test_batch_norm_over_ranks_needs_an_accelerator():
-    """torch has it for accelerators only; on a CPU the set-up says so, before any training."""
+    """Torch has it for accelerators only; on a CPU the set-up says so, before any training."""
     for message in POOL.run(2, refused, lk.DDP(sync_batchnorm=True), Normed, classifier):
         assert "DDP(sync_batchnorm=True)" in message
         assert "a model on cpu" in message
