@@ -120,6 +120,8 @@ class FSDP:
             fully_shard(block, **settings)
         model: Any = fully_shard(state.model, **settings)
         for method in self.methods:
+            if not callable(getattr(model, method, None)):
+                raise _no_method(self.methods, method, model)
             register_fsdp_forward_method(model, method)
         repoint(state, before)
         group = mesh.get_group() if mesh.ndim == 1 else None
@@ -176,6 +178,14 @@ def blocks_of(model: nn.Module, wanted: Blocks) -> list[nn.Module]:
             )
     found = [m for name, m in modules if any(_matches(entry, name, m) for entry in wanted)]
     return found[::-1]
+
+
+def _no_method(given: tuple[str, ...], method: str, model: nn.Module) -> UsageError:
+    return UsageError(
+        f"FSDP(methods={given!r})",
+        f"no such method as {method!r} of {type(model).__name__.removeprefix('FSDP')}",
+        "names of methods of the model itself, beside forward",
+    )
 
 
 def _matches(entry: type[nn.Module] | str, name: str, module: nn.Module) -> bool:
