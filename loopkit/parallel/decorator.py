@@ -18,7 +18,6 @@ from loopkit.parallel.failure import NameTheFailed
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
 from loopkit.parallel.group_ranks import GroupRanks
-from loopkit.parallel.tensor_parallel import TensorParallel
 from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict

@@ -103,7 +103,7 @@ class Said:
 
 def _akin(variables: Mapping[str, str], name: str) -> list[str]:
     """The variables that the same launcher sets."""
-    start = {"SLURM": "SLURM_", "OMPI": "OMPI_COMM_WORLD_"}.get(name.split("_")[0])
+    start = {"SLURM": "SLURM_", "OMPI": "OMPI_COMM_WORLD_"}.get(name.split("_", maxsplit=1)[0])
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return [v for v in variables if (v.startswith(start) if start else v in torchrun)][:8]
 

@@ -98,7 +98,9 @@ def test_ranks_that_begin_at_different_updates():
 def generated(stream):
     data = make_batches(8, dtype=torch.float64)
     state = fresh()
-    own = data[dist.get_rank() :: 2] if dist.is_initialized() else data[int(os.environ["RANK"]) :: 2]
+    own = (
+        data[dist.get_rank() :: 2] if dist.is_initialized() else data[int(os.environ["RANK"]) :: 2]
+    )
     batches = iter(own if stream == "sharded" else data)
     try:
         run = lk.run(lk.distributed(stream=stream)(classifier), state, batches, max_epochs=1)
@@ -149,7 +151,11 @@ def unpicklable():
 @pytest.mark.parametrize(
     ("main", "words", "timeout_s"),
     [
-        (one_raises, ("rank 1 failed", "KeyError: 'the label that was not there'", "one_raises"), 60),
+        (
+            one_raises,
+            ("rank 1 failed", "KeyError: 'the label that was not there'", "one_raises"),
+            60,
+        ),
         (one_exits, ("rank 1 failed", "exit code 7"), 60),
         (one_hangs, ("1 still running at the time limit",), 20),
         (unpicklable, ("failed", "pickle"), 60),

@@ -44,7 +44,7 @@ def test_open_mpi():
 
 
 def test_torchrun_within_a_job_of_slurm_goes_first():
-    """srun starts torchrun, and torchrun the processes: what it says is nearest."""
+    """Srun starts torchrun, and torchrun the processes: what it says is nearest."""
     assert environment({**SLURM, **TORCHRUN}) == environment(TORCHRUN)
 
 

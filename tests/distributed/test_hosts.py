@@ -19,7 +19,7 @@ from test_failures import SLOW
 SCRIPT = Path(__file__).parent / "hosted.py"
 TIMEOUT_S, UPDATES = 10, 60
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
-MOST_S = TIMEOUT_S + 30
+MOST_S = TIMEOUT_S + 40
 
 
 def ip(*words):
@@ -38,7 +38,7 @@ def two_hosts():
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
             # torchrun's agent waits as long as TCP does: 15 minutes, as Linux has it by default
-            ip("netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_retries2=5")
+            ip("netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_retries2=6")
         ip("-n", names[0], "link", "add", "wire", "type", "veth", "peer", "wire", "netns", names[1])
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
@@ -134,9 +134,10 @@ def test_a_link_that_is_cut_ends_both_hosts_and_a_restart_goes_on(hosts, tmp_pat
     print(f"the two hosts ended {took[0]:.1f} s and {took[1]:.1f} s after the cut")
     record_property("seconds", f"{max(took):.1f}")
     assert all(process.returncode != 0 for process in agents.processes)
-    for rank in range(2):
-        assert "RankError" in agents.said(rank), agents.said(rank)[-3000:]
-        assert re.search(r"rank \d says: update \d+ on rank \d of 2", agents.said(rank))
+    assert re.search(r"rank 0 says: .* on rank 0 of 2: found no answer from rank 1", agents.said(0))
+    # On the other side the agent may lose its peer before the rank does
+    lost = r"rank 1 says: .* on rank 1 of 2: found|connection to the C10d store has failed"
+    assert re.search(lost, agents.said(1)), agents.said(1)[-3000:]
     ip("-n", hosts[0], "link", "set", "wire", "up")
     again = Agents(hosts, folder, 29412)
     try:
