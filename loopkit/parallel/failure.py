@@ -1,5 +1,6 @@
 """When a rank fails, the others end soon, and say which one it was and why."""
 
+import contextlib
 import datetime
 import sys
 import threading
@@ -54,10 +55,8 @@ class Question(threading.Thread):
 
     def run(self) -> None:
         """Ask."""
-        try:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store's host is gone
             self.answer = self.function(*self.arguments)
-        except (RuntimeError, ValueError):  # the store's host is gone
-            pass
 
 
 def asked(function: Callable[..., str | None], seconds: float, *arguments: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A training over hosts, started by torchrun on each; saves into a folder that all of them share."""
+"""A training over hosts, started by torchrun on each; saves into a folder that all share."""
 
 import os
 import sys

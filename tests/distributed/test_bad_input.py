@@ -104,7 +104,7 @@ def generated(stream):
     batches = iter(own if stream == "sharded" else data)
     try:
         run = lk.run(lk.distributed(stream=stream)(classifier), state, batches, max_epochs=1)
-        return [*map(lambda s: s.step, run)], sum(p.sum().item() for p in state.model.parameters())
+        return [s.step for s in run], sum(p.sum().item() for p in state.model.parameters())
     except lk.DataError as error:
         return str(error)
 
@@ -176,5 +176,5 @@ def test_what_fails_under_launch_is_told(main, words, timeout_s, record_property
 @pytest.mark.parametrize("given", [{"num_processes": 0}, {"num_processes": 2, "start_method": "x"}])
 def test_settings_of_launch(given):
     """Checked before a process is started."""
-    with pytest.raises(lk.UsageError, match="lk.launch"):
+    with pytest.raises(lk.UsageError, match=r"lk\.launch"):
         lk.launch(one_hangs, **given)

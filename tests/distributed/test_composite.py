@@ -140,7 +140,7 @@ class ContextParallel:
     dim: int
 
     def __call__(self, state, last):
-        """The context of a micro-batch, its backward pass included; it shards the batch in place."""
+        """The context of a micro-batch, with its backward pass; the batch is sharded in place."""
         mesh = init_device_mesh("cpu", (state.ranks.size,))
         batch = state.window[0][len(state.outcome.parts)]
         stack = ExitStack()
@@ -190,7 +190,7 @@ def in_contexts(data):
 
 
 def test_context_parallel_wraps_around():
-    """Halves of each sequence, of unequal weight, end with the weights of whole ones on one rank."""
+    """Halves of sequences, of unequal weight, end with the weights of whole ones on one rank."""
     data = sequences(6)
     found = POOL.run(2, in_contexts, data)
     state = attending()

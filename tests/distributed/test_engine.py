@@ -1,4 +1,4 @@
-"""An engine of somebody else's in place of backward and update, as DeepSpeed's would stand there."""
+"""An engine of somebody else's in place of backward and update, where DeepSpeed's would stand."""
 
 import attrs
 import loopkit as lk

@@ -43,11 +43,11 @@ class Sparse(Blocks):
 
     def __init__(self):
         super().__init__()
-        self.extra = nn.Linear(4, 3)
+        self.spare = nn.Linear(4, 3)
 
     def forward(self, inputs):
         found = super().forward(inputs)
-        return found + self.extra(inputs) if inputs.sum() > 0 else found
+        return found + self.spare(inputs) if inputs.sum() > 0 else found
 
 
 class Idle(Blocks):
@@ -55,7 +55,7 @@ class Idle(Blocks):
 
     def __init__(self):
         super().__init__()
-        self.extra = nn.Linear(4, 3)
+        self.spare = nn.Linear(4, 3)
 
 
 def fresh(model=Blocks, optimizer=torch.optim.AdamW):
@@ -144,7 +144,7 @@ def summed(group, bucket):
 
 @pytest.mark.parametrize("hook", ["fp16", summed], ids=["fp16", "own"])
 def test_gradients_travel_compressed(hook):
-    """The weights are near those of the plain loop, as far as the bits of the hook go, and equal."""
+    """The weights are those of the plain loop, as far as the bits of the hook go."""
     data = make_batches(12)
     (one, other) = POOL.run(2, compressed, hook, data)
     assert_bitwise_equal(one, other)
@@ -200,7 +200,7 @@ def test_a_method_behind_the_shards_is_an_error_that_names_methods(function, eva
 def test_parameters_without_gradient_are_an_error_that_names_the_setting():
     """DDP waits for the gradient of each parameter; where one has none, the error tells."""
     for message in POOL.run(2, refused, "ddp", Idle, classifier):
-        assert "extra.weight, extra.bias" in message
+        assert "spare.weight, spare.bias" in message
         assert "lk.DDP(find_unused_parameters=True)" in message
 
 

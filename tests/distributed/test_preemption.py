@@ -71,7 +71,7 @@ def life(strategy, folder, rank_that_is_told, delay_s):
 @pytest.mark.timeout(60 + 60 * TIMES)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1"])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy, tmp_path, record_property):
-    """Lives end at random instants, by turns of the ranks; the last weights are those of one run."""
+    """Lives end at random instants, by turns of the ranks; the last weights are one run's."""
     rng = random.Random(7)
     uncut = POOL.run(2, life, strategy, str(tmp_path / "uncut"), None, 0.0)
     cuts, longest = 0, 0.0
