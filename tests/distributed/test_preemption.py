@@ -1,5 +1,6 @@
 """A signal to one rank: all save the same step and end, and what goes on is the same run."""
 
+import errno
 import os
 import random
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import loopkit as lk
 import pytest
 import torch
+from loopkit.checkpoint.disk import Disk
 from loopkit.testing import assert_bitwise_equal
 from pool import POOL
 from test_failures import SLOW
@@ -96,6 +98,38 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy, tmp_path, rec
     assert longest < MOST_S * SLOW
     record_property("seconds", f"{longest:.2f}")
     print(f"{strategy}: {cuts} signals, the longest way from one to the end {longest:.2f} s")
+
+
+class FullForOnce(Disk):
+    """A disk that has no room for the first file."""
+
+    full = True
+
+    def create(self, path):
+        if self.full:
+            self.full = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().create(path)
+
+
+def stopped_after_a_save_that_fails(folder):
+    options = lk.CheckpointOptions(disk=FullForOnce())
+    step, state = decorated("fsdp"), fresh()
+    checkpoints = lk.Checkpointer(folder, options=options)
+    with pytest.raises(lk.Preempted):
+        for state in lk.preemptible(lk.run(step, state, loader(), max_steps=9), checkpoints):
+            if state.step == 3:
+                checkpoints.save(state)
+                if state.ranks.rank == 1:
+                    signal.raise_signal(signal.SIGTERM)
+    checkpoints.close()
+    return state.step
+
+
+def test_a_save_that_failed_on_the_first_rank_is_made_again_by_all(tmp_path):
+    """Only the first rank writes, and knows that the disk was full: all take part once more."""
+    assert POOL.run(2, stopped_after_a_save_that_fails, str(tmp_path)) == [3, 3]
+    assert lk.Checkpointer(tmp_path).latest.step == 3
 
 
 def started(folder):
