@@ -120,8 +120,7 @@ class FSDP:
             fully_shard(block, **settings)
         model: Any = fully_shard(state.model, **settings)
         for method in self.methods:
-            if not callable(getattr(model, method, None)):
-                raise _no_method(self.methods, method, model)
+            _check_method(model, method)
             register_fsdp_forward_method(model, method)
         repoint(state, before)
         group = mesh.get_group() if mesh.ndim == 1 else None
@@ -180,12 +179,13 @@ def blocks_of(model: nn.Module, wanted: Blocks) -> list[nn.Module]:
     return found[::-1]
 
 
-def _no_method(given: tuple[str, ...], method: str, model: nn.Module) -> UsageError:
-    return UsageError(
-        f"FSDP(methods={given!r})",
-        f"no such method as {method!r} of {type(model).__name__.removeprefix('FSDP')}",
-        "names of methods of the model itself, beside forward",
-    )
+def _check_method(model: nn.Module, name: str) -> None:
+    if not callable(getattr(model, name, None)):
+        raise UsageError(
+            f"FSDP(methods=(..., {name!r}, ...))",
+            f"no such method of {type(model).__name__.removeprefix('FSDP')}",
+            "names of methods of the model itself, beside forward",
+        )
 
 
 def _matches(entry: type[nn.Module] | str, name: str, module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def set_up(strategy):
         (lk.TensorParallel(PLAN, size=3), 4, ("size=3", "4 processes", "a size that divides")),
         (lk.FSDP(blocks=("layer.0",)), 2, ("'layer.0'", "no module", "'layers.0'")),
         (lk.FSDP(precision="int8"), 2, ("precision='int8'", '"bf16"')),
-        (lk.FSDP(methods=("answer",)), 2, ("methods=('answer',)", "no such method", "Blocks")),
+        (lk.FSDP(methods=("answer",)), 2, ("'answer'", "no such method of Blocks")),
     ],
 )
 def test_settings_that_do_not_fit_the_ranks(strategy, world, words):

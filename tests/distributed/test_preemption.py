@@ -169,3 +169,35 @@ def test_both_processes_end_with_the_code_of_the_signal(tmp_path, record_propert
     assert seconds < MOST_S * SLOW
     record_property("seconds", f"{seconds:.1f}")
     print(f"both ended {seconds:.1f} s after the signal")
+
+
+@pytest.mark.timeout(200)
+def test_a_signal_to_the_agent_reaches_all_ranks(tmp_path, record_property):
+    """Torchrun hands SIGTERM on to its ranks, which save one step within the time it gives them."""
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2",
+        "--standalone", "--monitor-interval=0.2", str(SCRIPT), str(tmp_path),
+    ]  # fmt: skip
+    agent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    words, at = [], time.monotonic()
+    try:
+        for line in agent.stdout:
+            words.append(line)
+            if line.startswith("step 3"):
+                break
+        agent.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        words.append(agent.communicate(timeout=90)[0])
+    finally:
+        agent.kill()
+    seconds = time.monotonic() - at
+    steps = re.findall(r"stopped after (\d+)", "".join(words))
+    assert len(steps) == 2, "".join(words)[-3000:]
+    assert {*steps} == {str(lk.Checkpointer(tmp_path).latest.step)}
+    assert agent.returncode != 0
+    assert seconds < MOST_S * SLOW
+    record_property("seconds", f"{seconds:.1f}")
+    print(f"torchrun ended {seconds:.1f} s after the signal")
