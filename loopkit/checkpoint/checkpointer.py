@@ -20,6 +20,7 @@ from loopkit.checkpoint.folder import (
     read_checkpoint,
 )
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.owner import check_owner
 from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
@@ -228,14 +229,18 @@ class Checkpointer:
 
         Raises:
             DamageError: If there are checkpoints, and none is intact.
-            CheckpointError: If it does not fit the state: with all that differs.
+            CheckpointError: If it does not fit the state: with all that differs; or if it is
+                not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
         self._saver.join()
         if which in ("latest", "best"):
-            restored = restore_first(state, *self._choice(str(which)))
+            order, broken = self._choice(str(which))
+            check_owner(order, self.options.owner)
+            restored = restore_first(state, order, broken)
         else:
-            restored = restore_one(state, self._at(which))
+            check_owner([found := self._at(which)], self.options.owner)
+            restored = restore_one(state, found)
         if restored is None:
             return False
         state.checkpoints, self.restored, self._saved_step = self, restored, state.step
