@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
+from loopkit.data.order import Uneven
+from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
@@ -30,12 +32,14 @@ from loopkit.errors import (
     NonFiniteError,
     OutputError,
     Preempted,
+    RankError,
     StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -50,18 +54,26 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
-from loopkit.window import MicroBatches, Window, windows
+from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
-    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.best import load_best
+    from loopkit.checkpoint.checkpointer import Checkpointer
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -84,7 +96,8 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
-    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.checkpointer": ("Checkpointer",),
+    "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
@@ -105,6 +118,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -122,6 +141,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Backward",
@@ -137,12 +158,15 @@ __all__ = [
     "Decorator",
     "Forward",
     "GradientsOf",
+    "KeepMicroBatches",
     "LoopkitError",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Preempted",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Restored",
     "Run",
@@ -150,13 +174,17 @@ __all__ = [
     "Step",
     "StepFunction",
     "StorageError",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
+    "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "compose",
     "configure_optimizer",
     "constant",
@@ -164,12 +192,14 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -181,8 +211,10 @@ __all__ = [
     "preemptible",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
+    "sharded",
     "to_device",
     "train_step",
     "warmup",

@@ -90,6 +90,7 @@ def wrap(
     prepare: SetUp | None = None,
     init: Init | None = None,
     claims: tuple[str, ...] = (),
+    excludes: tuple[str, ...] = (),
     **layers: Layer,
 ) -> Decorator:
     """A decorator that puts a layer round places of the step.
@@ -105,6 +106,7 @@ def wrap(
         init: For each name, what makes the state kept in `state.features[name]` (and in
             checkpoints): a function of the state that returns an object with `state_dict`.
         claims: What only one feature of a step may do, such as "precision".
+        excludes: Places that no other feature may fill beside it.
         **layers: For each place, what makes the layer: `transform=Centralise`.
 
     Raises:
@@ -127,16 +129,25 @@ def wrap(
             f"wrap(init={init!r:.40})", f"a {type(init).__name__}", 'a mapping: init={"name": make}'
         )
     made = name or " + ".join(map(name_of, layers.values())) or "wrap()"
-    return Decorator(
-        (Feature(made, wraps=layers, prepare=prepare, init=init or {}, claims=claims),)
+    feature = Feature(
+        made, wraps=layers, prepare=prepare, init=init or {}, claims=claims, excludes=excludes
     )
+    return Decorator((feature,))
 
 
-def own(*, name: str | None = None, **owners: Callable[..., Any]) -> Decorator:
+def own(
+    *, name: str | None = None, excludes: tuple[str, ...] = (), **owners: Callable[..., Any]
+) -> Decorator:
     """A decorator that takes places of the step over: it stands where the default stood.
+
+    Two places are made of others: `gradients` of `around`, `forward` and `backward`, and
+    `update` of `gradients`, `unscale`, `transform`, `verdict` and `apply`. What owns one
+    of these two is made from the default, as a layer is from the one below it, and finds the
+    parts as its attributes: `own(gradients=Pipeline)` with `Pipeline(parts)(state, window)`.
 
     Args:
         name: How the feature is shown; by default the owners' names.
+        excludes: Places that no other feature may fill beside it.
         **owners: For each place, the callable: `apply=external_engine`.
 
     Raises:
@@ -148,7 +159,7 @@ def own(*, name: str | None = None, **owners: Callable[..., Any]) -> Decorator:
     """
     _check_places("own", owners, {*PLACES, *SET_UP} - {"prepare", "init"})
     made = name or " + ".join(map(name_of, owners.values())) or "own()"
-    return Decorator((Feature(made, owns=owners),))
+    return Decorator((Feature(made, owns=owners, excludes=excludes),))
 
 
 def _check_places(call: str, given: dict[str, Any], known: set[str]) -> None:

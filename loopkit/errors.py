@@ -46,6 +46,10 @@ class NonFiniteError(LoopkitError, ArithmeticError):
     """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""
 
 
+class RankError(LoopkitError, RuntimeError):
+    """This process cannot go on, because another one that trains with it failed."""
+
+
 class CheckpointError(LoopkitError, RuntimeError):
     """A checkpoint cannot be written, found, or used for this state."""
 

@@ -38,6 +38,7 @@ class Feature:
         prepare: Run once on a state before its first update.
         init: For each name, what makes the state that is kept under it.
         claims: What only one feature of a step may do, such as "precision".
+        excludes: Places that no other feature may fill beside it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Feature:
     prepare: SetUp | None = attrs.field(default=None, eq=_comparable)
     init: Init = _values()
     claims: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

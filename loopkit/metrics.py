@@ -1,5 +1,6 @@
 """What `evaluate` measures with: torchmetrics, collections of them, and plain functions."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import UsageError
+from loopkit.ranks import Ranks
 
 ARGUMENTS = ("preds", "target")
 
@@ -26,6 +28,7 @@ class Meter:
     metric: Any
     keys: tuple[str, ...]
     _kept: list[tuple[Any, ...]] = attrs.field(factory=list)
+    _updated: bool = False
 
     @property
     def is_function(self) -> bool:
@@ -35,6 +38,7 @@ class Meter:
     def start(self, device: torch.device) -> None:
         """Forget what was gathered before, and move to the device."""
         self._kept.clear()
+        self._updated = False
         if not self.is_function:
             self.metric.to(device).reset()
 
@@ -52,21 +56,35 @@ class Meter:
             self._kept.append(values)
         else:
             self.metric.update(*values)
+        self._updated = True
 
-    def results(self) -> Iterator[tuple[str, float]]:
-        """What it found, as named numbers."""
+    def results(self, ranks: Ranks) -> list[tuple[str, float]]:
+        """What it found on all ranks, as named numbers, equal on all."""
         if self.is_function:
-            columns = zip(*self._kept, strict=True)
-            value = self.metric(*(_joined(column) for column in columns))
-            self._kept.clear()
-        else:
-            value = self.metric.compute()
-        yield from numbers(self.name, value)
+            return self._of_function(ranks)
+        with ranks.among(self._updated) as group:
+            for part in self.metric.modules() if ranks.size > 1 else ():
+                if hasattr(part, "process_group"):
+                    part.process_group = group
+            found = [*numbers(self.name, self.metric.compute())] if self._updated else []
+        return ranks.from_first(found)  # type: ignore[no-any-return]
+
+    def _of_function(self, ranks: Ranks) -> list[tuple[str, float]]:
+        everywhere = ranks.gather([tuple(map(_on_host, values)) for values in self._kept])
+        self._kept.clear()
+        rounds = itertools.zip_longest(*everywhere)  # the order of the data: rank by rank
+        columns = zip(*(v for row in rounds for v in row if v is not None), strict=True)
+        value = self.metric(*map(_joined, columns)) if ranks.is_first else None
+        return ranks.from_first([*numbers(self.name, value)] if ranks.is_first else None)  # type: ignore[no-any-return]
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _joined(column: tuple[Any, ...]) -> Any:
     if isinstance(column[0], Tensor):
-        return torch.cat([value if value.ndim else value[None] for value in column]).cpu()
+        return torch.cat([value if value.ndim else value[None] for value in column])
     return [item for value in column for item in value]
 
 

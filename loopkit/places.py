@@ -1,5 +1,6 @@
 """The places of a step, and what stands in each before a feature fills it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,11 +9,21 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from loopkit.data.order import Uneven
 from loopkit.errors import DataError, UsageError
 from loopkit.nested import batch_size
-from loopkit.output import read_output, shared
+from loopkit.output import masked, read_output, shared
 from loopkit.state import TrainState
-from loopkit.types import Around, Backward, Forward, Recompute
+from loopkit.types import (
+    Apply,
+    Around,
+    Backward,
+    Forward,
+    GradientsOf,
+    Recompute,
+    Transform,
+    Verdict,
+)
 from loopkit.window import MicroBatches, Window
 
 # In the order in which an update runs them.
@@ -27,6 +38,7 @@ PLACES = {
     "transform": "changes or measures the gradients",
     "verdict": "gathers the votes to skip",
     "apply": "optimizer.step(), unless skipped",
+    "update": "all from gradients to apply",
     "after": "what follows an update",
 }
 SET_UP = {
@@ -82,21 +94,30 @@ class Gradients:
         """Leave the sum of the micro-batches' gradients, each with its share."""
         micro_batches, count = window
         outcome = state.begin_update(count)
-        parts, without_gradient = outcome.parts, 0
+        parts, without_gradient, ranks = outcome.parts, 0, state.ranks.size
         for micro_batch in micro_batches:
             if count != 1:
                 state.output = None  # the last micro-batch's need not outlive it
+            filler = False
+            if type(micro_batch) is Uneven:
+                filler, outcome.missing = micro_batch.filler, outcome.missing + micro_batch.missing
+                micro_batch = micro_batch.batch  # noqa: PLW2901
             last = len(parts) + 1 == count or (count is None and micro_batches.at_end)  # type: ignore[attr-defined]
             with self.around(state, last):
                 loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
-                share = loss if count == 1 and weight is None else shared(loss, weight, count)
+                if count == 1 and weight is None and not filler:
+                    share: Tensor | None = loss
+                elif filler:
+                    share, weight = masked(loss), None if weight is None else 0
+                else:
+                    share = shared(loss, weight, count, ranks)
                 if share is None:
                     without_gradient += 1
                 else:
                     self.backward(state, share)
             state.graph = loss  # freed only now, the last graph lent this one its leaf nodes
             parts.append((loss.detach(), weight, scalars))
-            outcome.samples += batch_size(micro_batch)
+            outcome.samples += 0 if filler else batch_size(micro_batch)
         if len(parts) != count:
             _check_count(len(parts), count)
         if without_gradient == len(parts):
@@ -114,10 +135,12 @@ def _check_count(found: int, count: int | None) -> None:
 
 def divide_by_weight(state: TrainState) -> None:
     """The gradients of the window become those of the one mean over it."""
-    divisor = None if state.outcome.length == 1 else state.outcome.divisor()
+    outcome = state.outcome
+    alone = outcome.length == 1 and outcome.divide_by is None
+    divisor = None if alone else outcome.divisor()
     if divisor is not None and (gradients := state.gradients()):
         with torch.no_grad():
-            torch._foreach_div_(gradients, divisor)
+            torch._foreach_div_(state.ranks.local(gradients), divisor)
 
 
 def gather_votes(state: TrainState) -> Tensor | None:
@@ -126,6 +149,41 @@ def gather_votes(state: TrainState) -> Tensor | None:
     if not votes:
         return None
     return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
+
+
+@attrs.frozen
+class WholeUpdate:
+    """From the micro-batches to the new weights, in the order of the textbook."""
+
+    gradients: GradientsOf
+    unscale: Transform
+    transform: Transform
+    verdict: Verdict
+    apply: Apply
+
+    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
+        """Update the weights; false where the update was skipped."""
+        self.gradients(state, window)
+        self.unscale(state)  # loss scale and window weight leave the gradients here
+        self.transform(state)  # clip, noise, norms
+        state.verdict = self.verdict(state)
+        return self.apply(state, self.recompute)
+
+    def recompute(self, state: TrainState) -> Tensor:
+        """The gradients of the update once more; returns the loss."""
+        self.gradients(state, state.window)
+        self.unscale(state)
+        self.transform(state)
+        return state.loss
+
+
+COMPOSITE: dict[str, Callable[[Any], Any]] = {
+    "gradients": lambda step: Gradients(step.around, step.forward, step.backward),
+    "update": lambda step: WholeUpdate(
+        step.gradients, step.unscale, step.transform, step.verdict, step.apply
+    ),
+}
+"""The places that are made of others; their owners are made from what stood there."""
 
 
 def apply_update(state: TrainState, recompute: Recompute) -> bool | Tensor:  # noqa: ARG001

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from torch import Tensor
 
 from loopkit import places
 from loopkit.errors import CompositionError, OutputError
@@ -22,6 +21,7 @@ from loopkit.types import (
     Split,
     StepFunction,
     Transform,
+    Update,
     Verdict,
     WindowSize,
 )
@@ -31,8 +31,11 @@ def _chain(place: str, base: Callable[..., Any] | None = None) -> Any:
     """A field of `Step`: the base of one place with its layers, nearest the function outermost."""
 
     def build(step: "Step") -> Any:
-        owners = [feature.owns[place] for feature in step.features if place in feature.owns]
-        inner = owners[0] if owners else base or step.base_of(place)
+        inner = base or step.base_of(place)
+        for feature in step.features:
+            if place in feature.owns:
+                owner = feature.owns[place]
+                inner = owner(inner) if place in places.COMPOSITE else owner
         for feature in reversed(step.features):
             if place in feature.wraps:
                 inner = feature.wraps[place](inner)
@@ -69,6 +72,7 @@ class Step:
     transform: Transform = _chain("transform", places.nothing)
     verdict: Verdict = _chain("verdict", places.gather_votes)
     apply: Apply = _chain("apply", places.apply_update)
+    update: Update = _chain("update")
     after: Transform = _chain("after", places.nothing)
 
     def __attrs_post_init__(self) -> None:
@@ -92,29 +96,36 @@ class Step:
             set_up(self.features, self, state)
             state.unproven = True
         window = state.window = self.split(state, batch)
-        self.gradients(state, window)
+        state.applied = self.update(state, window)  # gradients, unscale, transform, apply
         if state.unproven and not state.outcome.is_empty():
             self._prove(state)
-        self.unscale(state)  # loss scale and window weight leave the gradients here
-        self.transform(state)  # clip, noise, norms
-        state.verdict = self.verdict(state)
-        state.applied = self.apply(state, self._recompute)
         state.step += 1
         state.samples += state.outcome.samples
         state.lr = state.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
         self.after(state)  # schedule, averages, scaler
         return state
 
-    def _recompute(self, state: TrainState) -> Tensor:
-        self.gradients(state, state.window)
-        self.unscale(state)
-        self.transform(state)
-        return state.loss
+    def set_up(self, state: TrainState) -> TrainState:
+        """Set a state up for this step now; `run`, and else the first update, do it too.
+
+        It prepares, compiles and parallelizes the model, and makes what the features keep.
+        Call it where that must come before something else: to restore into shards, say.
+
+        Args:
+            state: What is trained; changed in place and returned.
+
+        Raises:
+            UsageError: If it is no state, or has no optimizer.
+            CompositionError: If the state holds what another composition keeps in it.
+        """
+        set_up(self.features, self, state)
+        return state
 
     def _prove(self, state: TrainState) -> None:
-        """After the first backward pass: it has reached a parameter of the state at all."""
+        """After the first update: its backward pass has reached a parameter of the state at all."""
         state.unproven = False
-        external = any({"gradients", "backward", "apply"} & f.owns.keys() for f in self.features)
+        owned = {place for feature in self.features for place in feature.owns}
+        external = owned & {"gradients", "backward", "apply", "update"}
         if not external and not state.gradients():
             raise OutputError(
                 f"the loss of {name_of_function(self)}",
@@ -126,7 +137,7 @@ class Step:
         """What stands in a place that is made of the step's own parts."""
         if place == "forward":
             return self.function
-        return places.Gradients(self.around, self.forward, self.backward)
+        return places.COMPOSITE[place](self)
 
     def __repr__(self) -> str:
         names = dict.fromkeys(feature.name for feature in self.features)
@@ -187,6 +198,19 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
                     f"{feature.name} composed with {features[other].name}",
                     f"that both {claim[0]} {claim[1]!r}",
                     "one of the two (a name can be chosen where the decorator takes name=...)",
+                )
+    for feature in features:
+        _check_excluded(feature, [other for other in features if other.name != feature.name])
+
+
+def _check_excluded(feature: Feature, others: list[Feature]) -> None:
+    for place in feature.excludes:
+        for other in others:
+            if place in other.owns or place in other.wraps:
+                raise CompositionError(
+                    f"{feature.name} composed with {other.name}",
+                    f"that the first leaves nothing to do for what the second has in {place!r}",
+                    "one of the two",
                 )
 
 

@@ -45,6 +45,9 @@ Verdict = Callable[[TrainState], Tensor | None]
 Apply = Callable[[TrainState, Recompute], bool | Tensor]
 """`apply`: update the parameters; false (bool or 0-d tensor) where it was skipped."""
 
+Update = Callable[[TrainState, MicroBatches], bool | Tensor]
+"""`update`: all from gradients to apply; false (bool or 0-d tensor) where it was skipped."""
+
 SetUp = Callable[[TrainState], None]
 """`prepare`, `compile`, `parallelize`: run once on a state before its first update."""
 

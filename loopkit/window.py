@@ -1,7 +1,7 @@
 """Windows: the micro-batches of one update."""
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -61,6 +61,22 @@ class Window:
 
 MicroBatches = tuple[Iterable[Any], int | None]
 """What a call of a step computes on: micro-batches, and how many if that is known."""
+
+
+@attrs.frozen
+class KeepMicroBatches:
+    """A layer of `split` that holds a window's micro-batches, so that they can be read again.
+
+    For what computes an update's gradients more than once: `wrap(split=KeepMicroBatches)`.
+    """
+
+    inner: Callable[[Any, Any], MicroBatches]
+
+    def __call__(self, state: Any, batch: Any) -> MicroBatches:
+        """Micro-batches that can be read more than once."""
+        micro_batches, _ = self.inner(state, batch)
+        kept = [*micro_batches]
+        return kept, len(kept)
 
 
 class Ahead:

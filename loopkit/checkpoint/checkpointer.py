@@ -24,7 +24,7 @@ from loopkit.checkpoint.owner import check_owner
 from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
-from loopkit.checkpoint.saving import Saving
+from loopkit.checkpoint.saving import Saving, together
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.state import TrainState
@@ -143,12 +143,19 @@ class Checkpointer:
                 or the folder holds later checkpoints that the state does not come from.
         """
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
-        if self._saver.drops:
+        ranks = state.ranks
+        if ranks.from_first(self._saver.drops):
             return False
-        if not self._saver.save(state, numbers, known=self._is_known()):
-            return False
-        state.checkpoints, self._saved_step = self, state.step
-        return self.async_save or self.wait()
+        whole = None if ranks.alone else ranks.whole(state)
+        saved: bool = together(ranks, lambda: self._save(state, whole, numbers))
+        if saved:
+            state.checkpoints, self._saved_step = self, state.step
+        return saved
+
+    def _save(self, state: TrainState, whole: Any, numbers: dict[str, float]) -> bool:
+        given = state.state_dict if whole is None else lambda: whole
+        saved = self._saver.save(state, given, numbers, known=self._is_known())
+        return saved and (self.async_save or self.wait())
 
     def wait(self) -> bool:
         """Return when the last save is on disk.
@@ -233,16 +240,11 @@ class Checkpointer:
                 not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
-        self._saver.join()
-        if which in ("latest", "best"):
-            order, broken = self._choice(str(which))
-            check_owner(order, self.options.owner)
-            restored = restore_first(state, order, broken)
-        else:
-            check_owner([found := self._at(which)], self.options.owner)
-            restored = restore_one(state, found)
+        restored = together(state.ranks, lambda: self._restore(state, which))
         if restored is None:
             return False
+        if not state.ranks.is_first:
+            restore_one(state, restored.checkpoint)
         state.checkpoints, self.restored, self._saved_step = self, restored, state.step
         if restored.skipped:
             damaged = "; ".join(restored.skipped)
@@ -250,6 +252,16 @@ class Checkpointer:
             logger.warning("{}", message)
             warnings.warn(message, CheckpointWarning, stacklevel=2)
         return True
+
+    def _restore(self, state: TrainState, which: str | Place | Checkpoint) -> Restored | None:
+        self._saver.join()
+        if which in ("latest", "best"):
+            order, broken = self._choice(str(which))
+            check_owner(order, self.options.owner)
+            return restore_first(state, order, broken)
+        found = self._at(which)
+        check_owner([found], self.options.owner)
+        return restore_one(state, found)
 
     def load_best(self, state: TrainState) -> None:
         """Load the best checkpoint into a state, at the end of a run.
@@ -312,35 +324,3 @@ class Checkpointer:
     def best(self) -> Checkpoint | None:
         """The one with the best score; None if there is none."""
         return next(iter(ranked(self.list(), self.monitor, self.mode)), None)
-
-
-def load_best(state: TrainState) -> None:
-    """Load the best checkpoint of its run into a state: model, optimizer, clock and all.
-
-    Which folder and which score is what the `Checkpointer` says that last saved or restored it.
-
-    Args:
-        state: A state that was saved, or restored.
-
-    Raises:
-        CheckpointError: If it was not, or there is no checkpoint with the score.
-
-    Example:
-        >>> import tempfile, torch
-        >>> model = torch.nn.Linear(2, 1)
-        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with Checkpointer(folder, monitor="loss") as checkpoints:
-        ...         for state.step, loss in enumerate([0.3, 0.1, 0.2]):
-        ...             _ = checkpoints.save(state, {"loss": loss})
-        ...     load_best(state)
-        >>> state.step
-        1
-    """
-    if state.checkpoints is None:
-        raise CheckpointError(
-            "lk.load_best(state)",
-            "a state that no Checkpointer saved or restored",
-            "checkpoints.save(state, scores) before, or checkpoints.restore(state, 'best')",
-        )
-    state.checkpoints.load_best(state)

@@ -21,22 +21,6 @@ SIGNALS = tuple(
 )
 
 
-def agreed(signum: int) -> int:
-    """What all ranks take for the request to stop; each calls it at the end of each update.
-
-    Args:
-        signum: What this process was asked by; 0 if it was not.
-
-    Returns:
-        The largest of all ranks' numbers; of a single process its own.
-
-    Example:
-        >>> agreed(15)
-        15
-    """
-    return signum
-
-
 @attrs.define(eq=False)
 class Preemption:
     """What may ask a run to stop; while its loop lasts it is found at `state.preemption`.
@@ -47,6 +31,7 @@ class Preemption:
         deadline: When the time is up, by `time.monotonic()`.
         state: The state that the run gave last.
         saved: Whether that is saved.
+        asked: What all ranks have agreed to stop for; 0 if for nothing.
         over: Whether the loop has ended; a copy of its state may still know of this.
     """
 
@@ -55,6 +40,7 @@ class Preemption:
     deadline: float | None
     state: TrainState | None = None
     saved: bool = False
+    asked: int = 0
     over: bool = False
     _mark: tuple[Any, ...] = ()
 
@@ -62,12 +48,16 @@ class Preemption:
     def requested(self) -> int:
         """The signal that asked to stop; 0 if there was none. All ranks see the same."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        return agreed(self.notice.signum or (TIME_IS_UP if late else 0))
+        signum = self.notice.signum or (TIME_IS_UP if late else 0)
+        return signum if self.state is None else self.state.ranks.agree(signum)
 
     def poll(self) -> None:
         """Raise `Preempted` if the run is to stop; whoever lets it out calls `save` before."""
-        if (signum := self.requested) and not self.over:
-            stop = Preempted(signum)
+        if self.over:
+            return
+        self.asked = self.requested
+        if self.asked:
+            stop = Preempted(self.asked)
             raise stop
 
     def save(self) -> None:
@@ -85,8 +75,12 @@ class Preemption:
         self._mark = _mark_of(state)
 
     def is_between_updates(self) -> bool:
-        """Whether nothing has been done to the state since the run gave it."""
-        return self.state is not None and self._mark == _mark_of(self.state)
+        """Whether nothing has been done to the state since the run gave it.
+
+        Never so for several ranks: what one of them finds the others may not.
+        """
+        alone = self.state is not None and self.state.ranks.size == 1
+        return alone and self._mark == _mark_of(self.state)  # type: ignore[arg-type]
 
     def forget(self) -> None:
         """Let go of the state; its evaluations are no longer stopped."""
@@ -95,8 +89,12 @@ class Preemption:
         self.state = None
 
     def end(self) -> None:
-        """Save the last state if a signal came, in a loop that is left for another reason."""
-        if self.notice.signum:
+        """Save the last state if a signal came, in a loop that is left for another reason.
+
+        Several ranks save together, so not where one of them left at a signal of its own.
+        """
+        alone = self.state is not None and self.state.ranks.size == 1
+        if self.asked or (self.notice.signum and alone):
             self.save()
 
 

@@ -1,6 +1,7 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
 import warnings
+from typing import Any
 
 import attrs
 from loguru import logger
@@ -43,11 +44,12 @@ class Saver:
         """Whether a save would come too early, and is to be left out then."""
         return self._writer.busy and self.options.when_busy == "drop"
 
-    def save(self, state: TrainState, scores: dict[str, float], *, known: bool) -> bool:
+    def save(self, state: TrainState, whole: Any, scores: dict[str, float], *, known: bool) -> bool:
         """Copy a state and begin to write it, when the one before is written.
 
         Args:
             state: What is saved.
+            whole: What gives its state dict.
             scores: What it is saved with.
             known: Whether the state comes from a checkpoint in the folder.
 
@@ -57,7 +59,8 @@ class Saver:
         self.wait()
         try:
             self._claim(state, known=known)
-            taken = take(state, scores, self._buffers, allow_nonfinite=self.options.allow_nonfinite)
+            allowed = self.options.allow_nonfinite
+            taken = take(state, whole(), scores, self._buffers, allow_nonfinite=allowed)
         except OSError as error:
             self._fail(error)
             return False

@@ -6,21 +6,8 @@ import attrs
 
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.state import TrainState
-from loopkit.types import Recompute, Split
-from loopkit.window import MicroBatches
-
-
-@attrs.frozen
-class KeepMicroBatches:
-    """The window is read again at each evaluation, so it has to be held."""
-
-    inner: Split
-
-    def __call__(self, state: TrainState, batch: Any) -> MicroBatches:
-        """Micro-batches that can be read more than once."""
-        micro_batches, _ = self.inner(state, batch)
-        kept = [*micro_batches]
-        return kept, len(kept)
+from loopkit.types import Recompute
+from loopkit.window import KeepMicroBatches
 
 
 @attrs.frozen
