@@ -59,7 +59,8 @@ class Checkpointer:
 
     Args:
         dir: The folder of the run; made if it is not there. One process at a time saves in it.
-            Or the address of one in an object store, `"s3://bucket/run"` (see `Remote`).
+            Or an address in an object store, `"s3://bucket/run"`: fsspec finds credentials
+            and endpoint, in the environment or in `fsspec.config.conf["s3"]`.
         monitor: Name of the score that says which checkpoint is best.
         mode: `"min"` or `"max"`: whether a low or a high score is good.
         keep_best: How many of the best are kept; counts only with `monitor`.

@@ -19,7 +19,7 @@ def test_the_version_that_is_written_now_is_among_them():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_checkpoint_of_an_older_version_is_restored_bit_for_bit(folder, tmp_path):
-    """Model, optimizer, clock, features, extras and position are what they were; it trains on."""
+    """Model, optimizer, clock, features and extras are what they were; it trains on from there."""
     shutil.copytree(folder, tmp_path / "run")
     state = make(seed=5)
     with lk.Checkpointer(tmp_path / "run", monitor="loss") as checkpoints:
