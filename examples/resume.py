@@ -75,15 +75,19 @@ def main(arguments: list[str] | None = None) -> str:
         print(f"process {os.getpid()} begins; interrupt it, and run it again")
 
     updates = lk.run(train_step, state, train_loader, max_epochs=EPOCHS)
-    for state in lk.preemptible(checkpoints.wrap(updates), checkpoints):
-        time.sleep(args.slow)
-        if state.epoch_end:
-            with lk.ema_weights(state):
-                scores = lk.evaluate(
-                    eval_step, state, test_loader, {"accuracy": MulticlassAccuracy(10)}
-                )
-            checkpoints.save(state, scores)
-            print(f"epoch {state.epoch:2}  update {state.step:3}  {scores['accuracy']:.2%}")
+    try:
+        for state in lk.preemptible(checkpoints.wrap(updates), checkpoints):
+            time.sleep(args.slow)
+            if state.epoch_end:
+                with lk.ema_weights(state):
+                    scores = lk.evaluate(
+                        eval_step, state, test_loader, {"accuracy": MulticlassAccuracy(10)}
+                    )
+                checkpoints.save(state, scores)
+                print(f"epoch {state.epoch:2}  update {state.step:3}  {scores['accuracy']:.2%}")
+    except lk.Preempted as stop:
+        print(f"asked to stop at update {state.step}, and saved: exit code {stop.code}")
+        raise
 
     checkpoints.close()
     print(f"done after {state.step} updates: {digest(state)}")

@@ -36,6 +36,7 @@ def test_it_comes_to_the_same_result_however_often_it_is_stopped(tmp_path):
         out, err = process.communicate(timeout=200)
         assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), err
         assert err == ""
+        assert ("asked to stop" in out) == (signum != signal.SIGKILL)
     assert "goes on" in lines[0]
     process = start(tmp_path / "run")
     out, err = process.communicate(timeout=300)
