@@ -68,12 +68,6 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
-    from loopkit.distributed.ddp import DDP
-    from loopkit.distributed.decisions import agree, reduce
-    from loopkit.distributed.decorator import distributed
-    from loopkit.distributed.fsdp import FSDP
-    from loopkit.distributed.launch import launch
-    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -89,6 +83,12 @@ if TYPE_CHECKING:
         wsd,
     )
     from loopkit.optim.plot import plot_schedule
+    from loopkit.parallel.ddp import DDP
+    from loopkit.parallel.decisions import agree, reduce
+    from loopkit.parallel.decorator import distributed
+    from loopkit.parallel.fsdp import FSDP
+    from loopkit.parallel.launch import launch
+    from loopkit.parallel.tensor_parallel import TensorParallel
 
 __version__ = "0.1.0"
 
@@ -118,12 +118,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
-    "loopkit.distributed.ddp": ("DDP",),
-    "loopkit.distributed.decisions": ("agree", "reduce"),
-    "loopkit.distributed.decorator": ("distributed",),
-    "loopkit.distributed.fsdp": ("FSDP",),
-    "loopkit.distributed.launch": ("launch",),
-    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
+    "loopkit.parallel.ddp": ("DDP",),
+    "loopkit.parallel.decisions": ("agree", "reduce"),
+    "loopkit.parallel.decorator": ("distributed",),
+    "loopkit.parallel.fsdp": ("FSDP",),
+    "loopkit.parallel.launch": ("launch",),
+    "loopkit.parallel.tensor_parallel": ("TensorParallel",),
 }
 
 

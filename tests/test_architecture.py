@@ -27,7 +27,7 @@ optim
 run predict
 observe
 evaluate
-decorators distributed.decorator
+decorators parallel.decorator
 compose
 step
 setup places
@@ -44,15 +44,15 @@ checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
-distributed.tensor_parallel
-distributed.fsdp
-distributed.ddp
-distributed.group_ranks
-distributed.whole data.shard
-distributed.zero
-distributed.decisions distributed.group distributed.launch
-distributed.failure distributed.repoint
-distributed.environment distributed
+parallel.tensor_parallel
+parallel.fsdp
+parallel.ddp
+parallel.group_ranks
+parallel.whole data.shard
+parallel.zero
+parallel.decisions parallel.group parallel.launch
+parallel.failure parallel.repoint
+parallel.environment parallel
 types modes metrics
 updates
 state feed
