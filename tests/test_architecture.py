@@ -46,7 +46,11 @@ feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
+<<<<<<< HEAD
 checkpoint.snapshot checkpoint.restore checkpoint.writer
+=======
+checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer checkpoint.owner
+>>>>>>> faults
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
