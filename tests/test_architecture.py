@@ -46,11 +46,7 @@ feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
-<<<<<<< HEAD
-checkpoint.snapshot checkpoint.restore checkpoint.writer
-=======
-checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer checkpoint.owner
->>>>>>> faults
+checkpoint.snapshot checkpoint.restore checkpoint.writer checkpoint.owner
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
