@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.restore import Restored
+    from loopkit.decorators.compile import with_compile
+    from loopkit.graphs import CompileWarning
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
     from loopkit.optim.create import create_optimizer
@@ -84,6 +86,8 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
+    "loopkit.decorators.compile": ("with_compile",),
+    "loopkit.graphs": ("CompileWarning",),
     "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
@@ -130,6 +134,7 @@ __all__ = [
     "CheckpointWarning",
     "Checkpointer",
     "CombinedOptimizer",
+    "CompileWarning",
     "CompositionError",
     "DamageError",
     "DataError",
@@ -192,6 +197,7 @@ __all__ = [
     "with_clip",
     "with_clip_value",
     "with_closure",
+    "with_compile",
     "with_ema",
     "with_grad_accum",
     "with_nonfinite",
