@@ -47,6 +47,7 @@ def _needed_guards(guards: Sequence[Any]) -> list[bool]:
     return [g.guard_type != marks or g.name.startswith("L['batch']") for g in guards]
 
 
+_NOT_TRACED = (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)
 _entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
 _STANCE = torch._dynamo.eval_frame._stance
 OPTIONS = {"guard_filter_fn": _needed_guards, "size_asserts": False}
@@ -92,7 +93,7 @@ class Program:
     def _through_dynamo(self, arguments: tuple[Any, ...]) -> Any:
         try:
             return self._compiled(*arguments)
-        except torch._dynamo.exc.Unsupported as error:  # while tracing: nothing has run yet
+        except _NOT_TRACED as error:  # nothing has run yet
             self._warn("one graph", _reason(error))
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             self._warn("so many graphs", _reason(error))

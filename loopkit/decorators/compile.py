@@ -36,7 +36,13 @@ class CompileModel:
     def __call__(self, state: TrainState) -> None:
         """Mark what is to be compiled; torch compiles it when it is first called."""
         for module in self._chosen(state.model):
-            module.compile(**self.settings)
+            if type(module).forward.__module__.startswith("torch.nn"):
+                # Module.compile does nothing for torch's own layers, whose code dynamo skips
+                # unless it is called from other code (torch 2.13)
+                called = torch.compile(Called(module), **self.settings)
+                module._compiled_call_impl = called  # type: ignore[assignment]  # noqa: SLF001
+            else:
+                module.compile(**self.settings)
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:
         if not self.blocks:
@@ -54,6 +60,17 @@ class CompileModel:
                 'blocks=nn.TransformerEncoderLayer, or a pattern of names: blocks="layers.*"',
             )
         return found
+
+
+@attrs.frozen(eq=False)
+class Called:
+    """A call of a module, from code that dynamo does not skip."""
+
+    module: nn.Module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """What `Module.__call__` runs where nothing is compiled."""
+        return self.module._call_impl(*arguments, **named)  # noqa: SLF001
 
 
 def _matches(name: str, module: nn.Module, block: Any) -> bool:
