@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+from loopkit.background import Background, background
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Filler
 from loopkit.data.shard import sharded
@@ -127,6 +128,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Apply",
     "Around",
+    "Background",
     "Backward",
     "Checkpoint",
     "CheckpointError",
@@ -162,6 +164,7 @@ __all__ = [
     "WeightsReport",
     "Window",
     "WindowSize",
+    "background",
     "compose",
     "configure_optimizer",
     "constant",
