@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from problems import MODELS, classifier, halving, make_batches, make_state, train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"  # inductor's own import
-)
+pytestmark = [  # torch's own: an import of inductor, and a look of dynamo at a block's input
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 FEATURES = {
     "bf16": (lk.with_amp("bf16"), {"amp": "bf16"}),
@@ -103,10 +104,11 @@ def test_each_decorator_stays_true_in_a_compiled_step(name, optimizer):
 ALL = ["accumulation", "clip value", "clip", "schedule", "ema", "skip"]
 
 
-@pytest.mark.parametrize("model", MODELS.keys() - {"dropout"})
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"dropout"}))
 def test_all_decorators_together_stay_true_in_a_compiled_step(model):
     """Windows (the last one short), clipping, schedule, averages and skipping, all at once."""
-    assert_as_by_hand(ALL, model)
+    # AdamW would make whole steps of the rounding in the gradient (0) of a bias before BatchNorm
+    assert_as_by_hand(ALL, model, "momentum" if model == "conv" else "adamw")
 
 
 def test_inductor_trains_as_by_hand_with_all_decorators():
@@ -285,9 +287,12 @@ def test_the_model_is_compiled_in_place_with_plain_keys():
 @pytest.mark.parametrize("blocks", [nn.Linear, "[03]", ["0", nn.Tanh]])
 def test_blocks_are_compiled_one_by_one(blocks):
     """Only the chosen modules are compiled, by type or by a pattern of names."""
-    state = state_of()
-    step = lk.with_compile(blocks=blocks, backend="eager")(classifier)
-    assert graphs_of(lambda: train(step, state, make_batches())) == 2
+    ours, theirs = state_of(), state_of()
+    train(lk.with_compile(blocks=blocks, backend="eager")(classifier), ours, make_batches())
+    train(classifier, theirs, make_batches())
+    compiled = {n for n, m in ours.model.named_modules() if m._compiled_call_impl is not None}
+    assert compiled == ({"0", "1"} if isinstance(blocks, list) else {"0", "3"})
+    assert_close(ours.model.state_dict(), theirs.model.state_dict())
 
 
 def test_blocks_that_the_model_has_not_are_an_error():
