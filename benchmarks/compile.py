@@ -17,8 +17,9 @@ from collections.abc import Iterator
 
 import loopkit as lk
 import torch
-from peers import TASKS, WINDOW, Batch, by_hand, loss_of, shrink
 from torch import Tensor, nn
+
+from peers import TASKS, WINDOW, Batch, by_hand, loss_of, shrink
 
 SIZES = {"mlp": 100, "conv": 20, "gpt": 10}
 

@@ -544,6 +544,21 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+MADE = (
+    "Made by `python benchmarks/peers.py`, which says how. CPU time; ratios are medians of pairs,"
+    " with their quartiles. An update of `full` is four micro-batches."
+)
+HEAD = (
+    "| | over by hand | quartiles | us for each update | us for each micro-batch"
+    " | weights bitwise equal |"
+)
+ONCE = (
+    "Import is CPU time after `import torch`; peak memory is that of the whole process (mlp,"
+    " plain), the hand-written twin included; frames are the library's own between the loop and"
+    " the user's loss."
+)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
     lines = [
@@ -551,8 +566,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         about(),
         "",
-        "Made by `python benchmarks/peers.py`, which says how. CPU time; ratios are medians of"
-        " pairs, with their quartiles. An update of `full` is four micro-batches.",
+        MADE,
         "",
     ]
     for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows):
@@ -561,8 +575,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += [
             f"## {task}, {mode} (by hand {base:,.0f} us an update)",
             "",
-            "| | over by hand | quartiles | us for each update | us for each micro-batch"
-            " | weights bitwise equal |",
+            HEAD,
             "|---|---|---|---|---|---|",
             *(
                 f"| {r['peer']} | {r['ratio']:.3f} | {r['low']:.3f} to {r['high']:.3f}"
@@ -579,9 +592,7 @@ def _once(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Import, memory, stack",
         "",
-        "Import is CPU time after `import torch`; peak memory is that of the whole process (mlp,"
-        " plain), the hand-written twin included; frames are the library's own between the loop"
-        " and the user's loss.",
+        ONCE,
         "",
         "| | import, s | peak memory, MiB | library frames above the step | load of the machine |",
         "|---|---|---|---|---|",
@@ -642,8 +653,8 @@ def main() -> None:
                 row = measured(peer, task, mode, args.scale)
                 if row:
                     rows.append(row)
-                    print(f"{peer:<20} {task:<5} {mode:<6} {row['ratio']:.3f}"
-                          f" {row['extra_us_micro']:+9.1f} us  equal: {row['equal']}", flush=True)  # fmt: skip
+                    found = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
+                    print(f"{peer:<20} {task:<5} {mode:<6} {found}  equal: {row['equal']}")
     args.out.mkdir(exist_ok=True)
     (args.out / "peers.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "peers.md").write_text(table(rows))

@@ -11,7 +11,7 @@ from loguru import logger
 
 from loopkit.background import Background, background
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
 from loopkit.decorators.amp import with_amp
@@ -32,11 +32,15 @@ from loopkit.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Preempted,
+    RankError,
+    StorageError,
     UsageError,
 )
 from loopkit.evaluate import evaluate
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
+from loopkit.ranks import Ranks
 from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
@@ -58,12 +62,20 @@ from loopkit.types import (
 from loopkit.window import KeepMicroBatches, MicroBatches, Window, windows
 
 if TYPE_CHECKING:
-    from loopkit.checkpoint.checkpointer import Checkpointer, load_best
+    from loopkit.checkpoint.best import load_best
+    from loopkit.checkpoint.checkpointer import Checkpointer
     from loopkit.checkpoint.export import WeightsReport, export, load_weights
     from loopkit.checkpoint.folder import Checkpoint
     from loopkit.checkpoint.options import CheckpointOptions
+    from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
     from loopkit.decorators.compile import with_compile
+    from loopkit.distributed.ddp import DDP
+    from loopkit.distributed.decisions import agree, reduce
+    from loopkit.distributed.decorator import distributed
+    from loopkit.distributed.fsdp import FSDP
+    from loopkit.distributed.launch import launch
+    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.graphs import CompileWarning
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
@@ -89,10 +101,12 @@ logger.disable("loopkit")
 _LATER = {
     "loopkit.decorators.compile": ("with_compile",),
     "loopkit.graphs": ("CompileWarning",),
-    "loopkit.checkpoint.checkpointer": ("Checkpointer", "load_best"),
+    "loopkit.checkpoint.checkpointer": ("Checkpointer",),
+    "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
     "loopkit.checkpoint.folder": ("Checkpoint",),
     "loopkit.checkpoint.options": ("CheckpointOptions",),
+    "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
@@ -109,6 +123,12 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
+    "loopkit.distributed.ddp": ("DDP",),
+    "loopkit.distributed.decisions": ("agree", "reduce"),
+    "loopkit.distributed.decorator": ("distributed",),
+    "loopkit.distributed.fsdp": ("FSDP",),
+    "loopkit.distributed.launch": ("launch",),
+    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
 }
 
 
@@ -126,6 +146,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Apply",
     "Around",
     "Background",
@@ -141,7 +163,6 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
-    "Filler",
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
@@ -150,20 +171,27 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
+    "Preempted",
+    "RankError",
+    "Ranks",
     "Recompute",
     "Restored",
     "Run",
     "Split",
     "Step",
     "StepFunction",
+    "StorageError",
+    "TensorParallel",
     "TrainState",
     "Transform",
+    "Uneven",
     "Update",
     "UsageError",
     "Verdict",
     "WeightsReport",
     "Window",
     "WindowSize",
+    "agree",
     "background",
     "compose",
     "configure_optimizer",
@@ -172,12 +200,14 @@ __all__ = [
     "cosine_with_restarts",
     "create_optimizer",
     "device",
+    "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
     "explain",
     "export",
     "inverse_sqrt",
+    "launch",
     "linear",
     "load_best",
     "load_weights",
@@ -186,8 +216,10 @@ __all__ = [
     "plot_schedule",
     "polynomial",
     "predict",
+    "preemptible",
     "prefetch",
     "progress",
+    "reduce",
     "run",
     "seed_everything",
     "sharded",

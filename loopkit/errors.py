@@ -46,6 +46,10 @@ class NonFiniteError(LoopkitError, ArithmeticError):
     """A loss or a gradient is not finite, and `with_nonfinite("raise")` was asked for."""
 
 
+class RankError(LoopkitError, RuntimeError):
+    """This process cannot go on, because another one that trains with it failed."""
+
+
 class CheckpointError(LoopkitError, RuntimeError):
     """A checkpoint cannot be written, found, or used for this state."""
 
@@ -54,9 +58,34 @@ class DamageError(CheckpointError):
     """A checkpoint on disk is not what was written."""
 
 
+class StorageError(CheckpointError, OSError):
+    """An object store did not answer, or refused: not the same as that nothing is there."""
+
+
 class CheckpointWarning(UserWarning):
     """Training goes on, but not from where, or not with the copies, that one would expect."""
 
 
 class MissingExtraError(LoopkitError, ImportError):
     """A package that a feature needs, and loopkit does not, is not installed."""
+
+
+class Preempted(SystemExit):
+    """A run was asked to stop, and its last state is saved: the end of the process, unless caught.
+
+    As a `SystemExit` it passes `except Exception`, runs every `finally`, and shows no traceback.
+
+    Args:
+        signum: The signal that asked for it; SIGALRM (14) where it was a time limit.
+
+    Attributes:
+        code: What the process ends with: 128 + signum.
+
+    Example:
+        >>> Preempted(15).code
+        143
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum

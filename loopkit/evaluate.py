@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from loopkit.compose import eval_step
+from loopkit.data.order import Uneven
 from loopkit.device import prefetch
-from loopkit.errors import OutputError, UsageError
+from loopkit.errors import OutputError, Preempted, UsageError
 from loopkit.feed import counted, reading
 from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
@@ -20,6 +21,7 @@ from loopkit.modes import eval_modes, untouched_rng
 from loopkit.nested import batch_size
 from loopkit.outcome import Weight
 from loopkit.output import read_weight
+from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -85,6 +87,7 @@ def evaluate(
         UsageError: For metrics or limits that cannot be right.
         OutputError: If the step function returns neither a mapping nor a 0-d loss.
         DataError: For empty data.
+        Preempted: In a run that is `preemptible`, if it is asked to stop; its state is saved.
 
     Example:
         >>> state = TrainState(torch.nn.Linear(1, 1))
@@ -102,11 +105,18 @@ def evaluate(
     if not named:
         raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
-    with untouched_rng(state.device, named.values()), eval_modes(state):
-        for name, loader in named.items():
-            outputs = outputs_of(lifted, state, loader, limit_batches, _gradless(inference_mode))
-            found = _measure(outputs, measures, state.device)
-            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    state.ranks.begin_evaluation(state.model)
+    try:
+        with untouched_rng(state.device, named.values()), eval_modes(state):
+            for name, loader in named.items():
+                context = _gradless(inference_mode)
+                outputs = outputs_of(lifted, state, loader, limit_batches, context)
+                found = _measure(outputs, measures, state)
+                scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+    except Preempted:
+        if state.preemption is not None:
+            state.preemption.save()  # only now are modes and random numbers those of the training
+        raise
     return scores
 
 
@@ -120,12 +130,15 @@ def outputs_of(
     data: Iterable[Any],
     limit_batches: float | None,
     context: Context,
-) -> Iterator[tuple[Any, Any]]:
-    """Each batch with what the step function made of it, within a context of its own.
+) -> Iterator[tuple[Any, Any, bool]]:
+    """Each batch, what the step function made of it, and whether it only fills a round.
+
+    The step function runs within a context of its own.
 
     Raises:
         UsageError: At once, for a limit that cannot be right.
     """
+    data = state.ranks.share(data, "exact")
     limit = batch_limit(data, limit_batches)
     if known_length(data) is None or limit is None:
         take = functools.partial(_first, limit=limit)
@@ -144,33 +157,39 @@ def _outputs(
     data: Iterable[Any],
     take: Callable[[Iterator[Any]], Iterator[Any]],
     context: Context,
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Any, Any, bool]]:
     some = False
     with reading(data) as batches:
         for batch in prefetch(take(batches), state.device):
-            some = True
+            some, filler = True, False
+            if type(batch) is Uneven:
+                batch, filler = batch.batch, batch.filler  # noqa: PLW2901
             with context(), step.around(state, True):
                 output = step.forward(state, batch)
-            yield batch, output
+            yield batch, output, filler
+            if state.preemption is not None:  # on all ranks alike, after each round
+                state.preemption.poll()
     if not some:
         raise empty(data, "no batch to evaluate")
 
 
 def _measure(
-    outputs: Iterator[tuple[Any, Any]], measures: list[Meter], device: torch.device
+    outputs: Iterator[tuple[Any, Any, bool]], measures: list[Meter], state: TrainState
 ) -> dict[str, float]:
     means: dict[str, Mean] = {}
     for meter in measures:
-        meter.start(device)
-    for batch, output in outputs:
+        meter.start(state.device)
+    for batch, output, filler in outputs:
+        if filler:
+            continue
         mapping = _mapping_of(output)
         weight = mapping.get("weight")
         _add_means(means, mapping, batch_size(batch) if weight is None else read_weight(weight))
         for meter in measures:
             meter.update(mapping)
-    scores = {name: mean.value() for name, mean in means.items()}
+    scores = {name: mean.value() for name, mean in _over_ranks(means, state.ranks).items()}
     for meter in measures:
-        for name, number in meter.results():
+        for name, number in meter.results(state.ranks):
             if name in scores:
                 raise UsageError(
                     f"evaluate(..., metrics={{{name!r}: ...}})",
@@ -179,6 +198,19 @@ def _measure(
                 )
             scores[name] = number
     return scores
+
+
+def _over_ranks(means: dict[str, Mean], ranks: Ranks) -> dict[str, Mean]:
+    """The means over what all ranks have seen; in one exchange, in the order of ranks."""
+    if ranks.size == 1:
+        return means
+    mine = {name: (float(mean.total), float(mean.weight)) for name, mean in means.items()}
+    found: dict[str, Mean] = {}
+    for theirs in ranks.gather(mine):
+        for name, (total, weight) in theirs.items():
+            mean = found.setdefault(name, Mean())
+            mean.total, mean.weight = mean.total + total, mean.weight + weight
+    return found
 
 
 def _mapping_of(output: Any) -> Mapping[str, Any]:

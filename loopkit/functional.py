@@ -119,7 +119,7 @@ class Form:
                 tensor.copy_(torch.where(verdict.to(tensor.device) == 0, tensor, old))
 
     def _settings(self, group: Group) -> dict[str, Any]:
-        given = {k: v for k, v in _TRACED.items() if k in self.keys}
+        given: dict[str, Any] = {k: v for k, v in _TRACED.items() if k in self.keys}
         for key in self.keys:
             if key in {"beta1", "beta2"}:
                 given[key] = group.settings["betas"][key == "beta2"]

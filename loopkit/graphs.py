@@ -7,7 +7,8 @@ from typing import Any
 
 import attrs
 import torch
-import torch._dynamo
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
+from torch._dynamo import config, eval_frame, exc, utils
 
 EXPECTED = 3  # graphs of one function: the first, one for other shapes, one for other values
 
@@ -25,10 +26,9 @@ _BEFORE: dict[str, Any] = {}  # torch's settings, while they are others for one 
 
 # Dynamo calls such a function once, when it traces, and takes what it returned for a constant:
 # so the setting costs nothing in the calls that run what is compiled already.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def allow_backward() -> bool:
     """Let dynamo take a backward pass into its graph; called in what a `Program` compiles."""
-    config = torch._dynamo.config
     for name, value in _WHILE_TRACING.items() if not _BEFORE else ():
         if hasattr(config, name):
             _BEFORE[name] = getattr(config, name)
@@ -38,7 +38,7 @@ def allow_backward() -> bool:
 
 def _as_before() -> None:
     while _BEFORE:
-        setattr(torch._dynamo.config, *_BEFORE.popitem())
+        setattr(config, *_BEFORE.popitem())
 
 
 def _needed_guards(guards: Sequence[Any]) -> list[bool]:
@@ -47,9 +47,7 @@ def _needed_guards(guards: Sequence[Any]) -> list[bool]:
     return [g.guard_type != marks or g.name.startswith("L['batch']") for g in guards]
 
 
-_NOT_TRACED = (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)
-_entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
-_STANCE = torch._dynamo.eval_frame._stance
+_NOT_TRACED = (exc.Unsupported, exc.UserError)
 OPTIONS = {"guard_filter_fn": _needed_guards, "size_asserts": False}
 """What a `Program` asks of inductor where the user asked for no mode."""
 
@@ -68,12 +66,12 @@ class Program:
     """
 
     name: str
-    function: types.FunctionType
+    function: Any
     settings: Mapping[str, Any]
     _whole: bool = attrs.field(init=False, default=True)
     _compiled: Callable[..., Any] = attrs.field(init=False)
     _watch: "Watch" = attrs.field(init=False)
-    _own: types.FunctionType = attrs.field(init=False)
+    _own: Any = attrs.field(init=False)
     _names: tuple[str, ...] = attrs.field(init=False)
     _graphs: list[tuple[Any, Callable[..., Any]]] = attrs.field(init=False, factory=list)
 
@@ -83,7 +81,7 @@ class Program:
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns, computed by its graphs."""
-        if self._graphs and _STANCE.stance == "default":
+        if self._graphs and eval_frame._stance.stance == "default":  # noqa: SLF001
             values = dict(zip(self._names, arguments, strict=True))
             for entry, graph in self._graphs:
                 if entry.guard_manager.check(values):
@@ -95,7 +93,7 @@ class Program:
             return self._compiled(*arguments)
         except _NOT_TRACED as error:  # nothing has run yet
             self._warn("one graph", _reason(error))
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        except exc.FailOnRecompileLimitHit as error:
             self._warn("so many graphs", _reason(error))
         finally:
             if _BEFORE:
@@ -123,7 +121,7 @@ class Program:
         model (torch 2.13: 31 of 85 us). What it has compiled is whole, so nothing is left for it.
         """
         if self._whole:
-            entries = _entries(self._own.__code__)
+            entries = entries_of(self._own.__code__)
             space = self._own.__globals__
             self._graphs = [(entry, types.FunctionType(entry.code, space)) for entry in entries]
 
@@ -157,7 +155,6 @@ class Watch:
 
     def look(self) -> None:
         """Look whether torch compiled anything again since the last look."""
-        utils = torch._dynamo.utils
         made = utils.counters["stats"]["unique_graphs"]
         if made == self._seen:
             return

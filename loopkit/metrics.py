@@ -1,5 +1,6 @@
 """What `evaluate` measures with: torchmetrics, collections of them, and plain functions."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import UsageError
+from loopkit.ranks import Ranks
 
 ARGUMENTS = ("preds", "target")
 MOST_WAITING, MOST_ELEMENTS = 16, 2**18  # batches that wait for one update, and what they may hold
@@ -32,6 +34,7 @@ class Meter:
     _kept: list[tuple[Any, ...]] = attrs.field(factory=list)
     _shapes: list[Any] = attrs.field(factory=list)
     _elements: int = 0
+    _updated: bool = False
 
     @property
     def is_function(self) -> bool:
@@ -42,6 +45,7 @@ class Meter:
         """Forget what was gathered before, and move to the device."""
         self._kept.clear()
         self._shapes, self._elements = [], 0
+        self._updated = False
         if not self.is_function:
             self.metric.to(device).reset()
 
@@ -59,6 +63,7 @@ class Meter:
             self._kept.append(values)
         else:
             self._wait(values)
+        self._updated = True
 
     def _wait(self, values: tuple[Any, ...]) -> None:
         shapes = [_kind_of(value) for value in values]
@@ -78,16 +83,29 @@ class Meter:
             self._kept.clear()
             self._elements = 0
 
-    def results(self) -> Iterator[tuple[str, float]]:
-        """What it found, as named numbers."""
+    def results(self, ranks: Ranks) -> list[tuple[str, float]]:
+        """What it found on all ranks, as named numbers, equal on all."""
         if self.is_function:
-            columns = zip(*self._kept, strict=True)
-            value = self.metric(*(_joined(column) for column in columns))
-            self._kept.clear()
-        else:
-            self._give()
-            value = self.metric.compute()
-        yield from numbers(self.name, value)
+            return self._of_function(ranks)
+        self._give()
+        with ranks.among(self._updated) as group:
+            for part in self.metric.modules() if ranks.size > 1 else ():
+                if hasattr(part, "process_group"):
+                    part.process_group = group
+            found = [*numbers(self.name, self.metric.compute())] if self._updated else []
+        return ranks.from_first(found)  # type: ignore[no-any-return]
+
+    def _of_function(self, ranks: Ranks) -> list[tuple[str, float]]:
+        everywhere = ranks.gather([tuple(map(_on_host, values)) for values in self._kept])
+        self._kept.clear()
+        rounds = itertools.zip_longest(*everywhere)  # the order of the data: rank by rank
+        columns = zip(*(v for row in rounds for v in row if v is not None), strict=True)
+        value = self.metric(*map(_joined, columns)) if ranks.is_first else None
+        return ranks.from_first([*numbers(self.name, value)] if ranks.is_first else None)  # type: ignore[no-any-return]
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _kind_of(value: Any) -> Any:
@@ -117,7 +135,7 @@ def _is_additive(metric: Any) -> bool:
 
 def _joined(column: tuple[Any, ...]) -> Any:
     if isinstance(column[0], Tensor):
-        return torch.cat([value if value.ndim else value[None] for value in column]).cpu()
+        return torch.cat([value if value.ndim else value[None] for value in column])
     return [item for value in column for item in value]
 
 

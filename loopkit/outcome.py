@@ -26,11 +26,15 @@ class Outcome:
         length: Micro-batches in the window, where that was known beforehand.
         parts: What each micro-batch gave.
         samples: Samples in the micro-batches.
+        missing: Micro-batches that are lacking, over all ranks, to as many on each.
+        divide_by: What the gradients are still to be divided by, where ranks have agreed on it.
     """
 
     length: int | None = 1
     parts: list[Part] = attrs.field(factory=list)
     samples: int = 0
+    missing: int = 0
+    divide_by: Weight | None = None
 
     def total_weight(self) -> Weight | None:
         """The number of things of the whole window; None where no weights were given.
@@ -54,6 +58,8 @@ class Outcome:
 
         A total weight of zero divides by one: the gradient of nothing is zero.
         """
+        if self.divide_by is not None:
+            return self.divide_by
         if self.length == 1:
             return None
         total = self.total_weight()

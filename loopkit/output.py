@@ -91,13 +91,14 @@ def read_weight(weight: Any) -> Weight:
     )
 
 
-def shared(loss: Tensor, weight: Weight | None, count: int | None) -> Tensor | None:
+def shared(loss: Tensor, weight: Weight | None, count: int | None, ranks: int = 1) -> Tensor | None:
     """The loss as it enters the backward pass of a window of `count` micro-batches.
 
     Without weights: loss / count (or the plain loss where the count is not known yet).
     With weights: loss * weight, to be divided by the total weight later. A single
-    micro-batch is its own mean. Where the weight is zero there is no gradient, though
-    the loss, a mean over nothing, be NaN: None if the host knows, else a masked loss.
+    micro-batch is its own mean, unless other `ranks` have theirs. Where the weight is zero
+    there is no gradient, though the loss, a mean over nothing, be NaN: None if the host
+    knows, else a masked loss, and so where other ranks wait for this one's backward pass.
 
     Example:
         >>> shared(torch.tensor(3.0), None, 2), shared(torch.tensor(3.0), 4, 2)
@@ -105,9 +106,14 @@ def shared(loss: Tensor, weight: Weight | None, count: int | None) -> Tensor | N
     """
     if weight is None:
         return loss if count is None or count == 1 else loss / count
+    whole = loss if count == 1 and ranks == 1 else loss * weight
     if isinstance(weight, Tensor):
-        whole = loss if count == 1 else loss * weight
         return torch.where(weight > 0, whole, 0)
     if weight == 0:
-        return None
-    return loss if count == 1 else loss * weight
+        return None if ranks == 1 else masked(loss)
+    return whole
+
+
+def masked(loss: Tensor) -> Tensor:
+    """A loss whose backward pass runs and leaves zeros."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=loss.device), loss, 0)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from loopkit.data.order import Uneven
 from loopkit.errors import DataError, UsageError
 from loopkit.nested import batch_size
-from loopkit.output import read_output, shared
+from loopkit.output import masked, read_output, shared
 from loopkit.state import TrainState
 from loopkit.types import (
     Apply,
@@ -93,21 +94,30 @@ class Gradients:
         """Leave the sum of the micro-batches' gradients, each with its share."""
         micro_batches, count = window
         outcome = state.begin_update(count)
-        parts, without_gradient = outcome.parts, 0
+        parts, without_gradient, ranks = outcome.parts, 0, state.ranks.size
         for micro_batch in micro_batches:
             if count != 1:
                 state.output = None  # the last micro-batch's need not outlive it
+            filler = False
+            if type(micro_batch) is Uneven:
+                filler, outcome.missing = micro_batch.filler, outcome.missing + micro_batch.missing
+                micro_batch = micro_batch.batch  # noqa: PLW2901
             last = len(parts) + 1 == count or (count is None and micro_batches.at_end)  # type: ignore[attr-defined]
             with self.around(state, last):
                 loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
-                share = loss if count == 1 and weight is None else shared(loss, weight, count)
+                if count == 1 and weight is None and not filler:
+                    share: Tensor | None = loss
+                elif filler:
+                    share, weight = masked(loss), None if weight is None else 0
+                else:
+                    share = shared(loss, weight, count, ranks)
                 if share is None:
                     without_gradient += 1
                 else:
                     self.backward(state, share)
             state.graph = loss  # freed only now, the last graph lent this one its leaf nodes
             parts.append((loss.detach(), weight, scalars))
-            outcome.samples += batch_size(micro_batch)
+            outcome.samples += 0 if filler else batch_size(micro_batch)
         if len(parts) != count:
             check_count(len(parts), count)
         if without_gradient == len(parts):
@@ -130,10 +140,12 @@ def check_count(found: int, count: int | None) -> None:
 
 def divide_by_weight(state: TrainState) -> None:
     """The gradients of the window become those of the one mean over it."""
-    divisor = None if state.outcome.length == 1 else state.outcome.divisor()
+    outcome = state.outcome
+    alone = outcome.length == 1 and outcome.divide_by is None
+    divisor = None if alone else outcome.divisor()
     if divisor is not None and (gradients := state.gradients()):
         with torch.no_grad():
-            torch._foreach_div_(gradients, divisor)
+            torch._foreach_div_(state.ranks.local(gradients), divisor)
 
 
 def gather_votes(state: TrainState) -> Tensor | None:

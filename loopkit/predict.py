@@ -13,9 +13,11 @@ from torch.utils.data import (
 )
 
 from loopkit.compose import eval_step
+from loopkit.device import to_device
 from loopkit.errors import DataError
 from loopkit.evaluate import outputs_of
 from loopkit.modes import eval_modes
+from loopkit.nested import map_tensors
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -34,7 +36,7 @@ def predict(
     """Yield what the step function returns for each batch, in the order of the data.
 
     Modules are in eval mode, without gradients, for the forward alone: the loop's body
-    may train between two predictions.
+    may train between two predictions. On several ranks each yields the outputs of all.
 
     Args:
         step: An eval step, or a plain function; only its forward runs.
@@ -64,8 +66,20 @@ def predict(
         with eval_modes(state), torch.inference_mode() if inference_mode else torch.no_grad():
             yield
 
+    state.ranks.begin_evaluation(state.model)
     outputs = outputs_of(eval_step(step), state, data, limit_batches, evaluating)
-    return (output for _, output in outputs)
+    if state.ranks.size > 1:
+        return _in_order(outputs, state)
+    return (output for _, output, _ in outputs)
+
+
+def _in_order(outputs: Iterator[tuple[Any, Any, bool]], state: TrainState) -> Iterator[Any]:
+    """The outputs of all ranks, on all ranks: each round's batches follow each other."""
+    for _, output, filler in outputs:
+        mine = map_tensors(lambda tensor: tensor.detach().cpu(), output)
+        for theirs, is_filler in state.ranks.gather((mine, filler)):
+            if not is_filler:
+                yield to_device(theirs, state.device)
 
 
 def _shuffles(data: Iterable[Any]) -> bool:

@@ -47,5 +47,14 @@ def set_rng_state(states: Mapping[str, Any], device: torch.device) -> None:
         module.set_rng_state(states[device.type], *_index(device))
 
 
+def seed_apart(number: int) -> None:
+    """Seed all generators anew, from torch's next number and one that tells processes apart."""
+    seed = (int(torch.randint(2**31, ())) + 1_000_003 * number) % 2**32
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # mps has one device, and takes no argument

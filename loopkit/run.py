@@ -13,7 +13,7 @@ from loopkit.errors import DataError, UsageError
 from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
-from loopkit.position import Position, reopened, set_epoch, take_up
+from loopkit.position import Position, begun, moved, reopened, set_epoch, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
 from loopkit.types import StepFunction
@@ -59,10 +59,11 @@ class Loop:
         """The state after each update."""
         state, step = self.state, self.step
         most = self.limits.steps or math.inf
-        timed, deadline = self.limits.seconds, time.monotonic() + (self.limits.seconds or math.inf)
+        deadline = time.monotonic() + (self.limits.seconds or math.inf)
+        timed = self.limits.seconds is not None
         self._start()
         with Interruptible() as interrupt:
-            while not self._ended() and time.monotonic() < deadline:
+            while not self._ended() and not (timed and self._is_over(deadline)):
                 before = state.step
                 with reading(self.data, self._open) as batches:
                     for batch in self._feed(batches):
@@ -76,7 +77,7 @@ class Loop:
                         if state.epoch_end or self._ahead is not None:
                             self._look_ahead(batches)
                         yield state
-                        if state.step >= most or (timed and time.monotonic() >= deadline):
+                        if state.step >= most or (timed and self._is_over(deadline)):
                             break
                     else:
                         if state.step == before:
@@ -84,12 +85,16 @@ class Loop:
                 self._roll_over()
         state.graph, state.window = None, ((), 0)  # the last batch need not outlive the run
 
+    def _is_over(self, deadline: float) -> bool:
+        return bool(self.state.ranks.agree(time.monotonic() >= deadline))
+
     def _start(self) -> None:
         state = self.state
         if self._is_other_data():
             state.batch, state.position = 0, Position()
         elif state.data is None:
             take_up(self.data, state.position)
+            state.batch = moved(self.data, state.position, state.batch)
         self._roll_over()
         state.data = self.data
         self._begun_at, self._dried_up = state.epoch, False
@@ -99,7 +104,7 @@ class Loop:
         if self.state.batch and not isinstance(data, Iterator):
             return reopened(data, self.state.position, self.state.batch)
         self.state.position = Position.beginning(data)
-        return iter(data)
+        return begun(data, self.state.position)
 
     def _roll_over(self) -> None:
         state, length = self.state, self.limits.batches
@@ -258,10 +263,10 @@ def run(
         >>> updates.total_steps, [state.step for state in updates]
         (6, [1, 2, 3, 4, 5, 6])
     """
-    limits = Limits.of(data, max_epochs, max_steps, max_time, limit_batches)
     lifted = train_step(step)
-    lifted.set_up(_checked(state))
-    return Run(lifted, state, data, limits)
+    part = lifted.set_up(_checked(state)).ranks.share(data)
+    limits = Limits.of(part, max_epochs, max_steps, max_time, limit_batches)
+    return Run(lifted, state, part, limits)
 
 
 def _checked(state: object) -> TrainState:

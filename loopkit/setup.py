@@ -77,7 +77,8 @@ def _init(features: tuple[Feature, ...], state: TrainState) -> None:
     if made:
         state.attached.clear()  # steps that lack what is kept now are no longer right for it
     if waiting := made.keys() & state.pending:
-        restore(state.features, {name: state.pending.pop(name) for name in waiting})
+        parts = {"features": {name: state.pending.pop(name) for name in waiting}}
+        restore(state.features, state.ranks.fitted(state, parts)["features"])
 
 
 def _check_use(features: tuple[Feature, ...], state: TrainState) -> None:

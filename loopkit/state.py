@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loopkit.checked import check_model, check_optimizer
 from loopkit.errors import CompositionError, UsageError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
-from loopkit.rng import rng_state, set_rng_state
+from loopkit.ranks import ALONE, Ranks
+from loopkit.rng import rng_state, seed_apart, set_rng_state
 from loopkit.window import Ahead, MicroBatches
 
 SKIP, RAISE = 1.0, 2.0  # votes, of which the largest counts
@@ -49,6 +51,7 @@ class TrainState:
         outcome: Losses and weights of the micro-batches of the last update.
         features: What the step's decorators keep, by name.
         window: The micro-batches of the last update, and how many they are.
+        ranks: The processes that train it together; see `distributed`.
         votes: Inside an update: 0-d tensors, 1 to skip it, 2 to raise; see `skip_if`.
         verdict: Inside an update: the largest vote, or None where nobody voted.
 
@@ -79,23 +82,26 @@ class TrainState:
     votes: list[Tensor] = attrs.field(factory=list)
     verdict: Tensor | None = None
     features: dict[str, Any] = attrs.field(factory=dict)
+    ranks: Ranks = ALONE
     # Bookkeeping of steps and runs
     pending: dict[str, Any] = attrs.field(factory=dict)  # restored before its feature was set up
     set_up: list[object] = attrs.field(factory=list)  # features whose set-up was run on this state
     attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
+    restored_rng: Any = None  # each rank's random states, of the last restore
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
+    preemption: Any = None  # what may ask the run to stop; polled between updates, and in evaluate
     position: Position = attrs.field(factory=Position)  # how that was opened
     ahead: Ahead | None = None  # where that is an iterator: with the batch that was read ahead
     _metrics: dict[str, Tensor] | None = None
     _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, **extras: Any) -> None:
-        _check_model(model)
+        check_model(model)
         if optimizer is not None:
-            _check_optimizer(model, optimizer)
+            check_optimizer(model, optimizer)
         self.__attrs_init__(model, optimizer, extras)
 
     def __repr__(self) -> str:
@@ -272,6 +278,7 @@ class TrainState:
                 f"nothing for {lost}, which this state has kept since it was trained",
                 "a fresh lk.TrainState for what was saved without it",
             )
+        state_dict = self.ranks.fitted(self, state_dict)
         self.model.load_state_dict(state_dict["model"])
         if self.optimizer is not None and state_dict["optimizer"] is not None:
             # Optimizer.load_state_dict keeps some of the tensors it is given (`step` of Adam)
@@ -283,7 +290,19 @@ class TrainState:
         restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
         self.pending = pending
         restore(self.extras, state_dict["extras"])
-        set_rng_state(state_dict["rng"], self.device)
+        self.ranks.settle(self)
+        self.restored_rng = state_dict["rng"].get("ranks") or [state_dict["rng"]]
+        self.take_rng()
+
+    def take_rng(self) -> None:
+        """Go on with the random numbers of this rank, as they were restored.
+
+        A rank that was not there when they were saved gets numbers of its own.
+        """
+        rank, saved = self.ranks.rank, self.restored_rng
+        set_rng_state(saved[min(rank, len(saved) - 1)], self.device)
+        if rank >= len(saved):
+            seed_apart(rank)
 
     def snapshot(self) -> "TrainState":
         """An independent copy to branch from: training one leaves the other as it is.
@@ -304,7 +323,8 @@ class TrainState:
             {},
             [],
         )
-        branch.set_up = [*self.set_up]
+        branch.ranks = ALONE  # what spreads it holds this model: the branch is spread anew
+        branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
         if branch.optimizer is not None:
@@ -312,29 +332,3 @@ class TrainState:
             # (torch.optim.lr_scheduler, patch_track_step_called); the copy must step itself.
             vars(branch.optimizer).pop("step", None)
         return branch
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            "lk.TrainState(model, optimizer)",
-            f"a model of type {type(model).__name__}",
-            "a torch.nn.Module as the model",
-        )
-
-
-def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state_dict"):
-        raise UsageError(
-            "lk.TrainState(model, optimizer)",
-            f"an optimizer of type {type(optimizer).__name__}",
-            "a torch.optim.Optimizer, or an object with its param_groups and state_dict",
-        )
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if own and not any(id(parameter) in own for parameter in held):
-        raise UsageError(
-            "lk.TrainState(model, optimizer)",
-            f"{len(held)} parameters in the optimizer, none of them among the model's {len(own)}",
-            "an optimizer over model.parameters(), made from this very model",
-        )

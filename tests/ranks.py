@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.data.shard import sharded
 from loopkit.position import Position, begun, moved, reopened, set_epoch
 from torch.utils.data import (
@@ -152,7 +152,8 @@ def alone(make):
 
 
 def real(rounds):
-    return [batch for batches in rounds for batch in batches if type(batch) is not Filler]
+    own = [b for batches in rounds for b in batches if not (type(b) is Uneven and b.filler)]
+    return [b.batch if type(b) is Uneven else b for b in own]
 
 
 def samples(batches):

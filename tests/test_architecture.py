@@ -27,28 +27,39 @@ optim
 run predict
 observe
 evaluate
-data.shard
-decorators
+decorators distributed.decorator
 compose
+compiled
 step
 setup places
 feature
+checkpoint.preemption
 checkpoint.checkpointer
-checkpoint.saver checkpoint.saving checkpoint.export
+checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
 checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
 checkpoint.difference
-checkpoint.read checkpoint.commit
+checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
+checkpoint.remote
 checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
+distributed.tensor_parallel
+distributed.fsdp
+distributed.ddp
+distributed.group_ranks
+distributed.whole data.shard
+distributed.zero
+distributed.decisions distributed.group distributed.launch
+distributed.failure distributed.repoint
+distributed.environment distributed
 types modes metrics
 updates
 state feed
-limits device output
-check outcome window interrupt seed position
-nested plain extras rng data.order data
+limits device output functional graphs background
+check checked outcome window interrupt seed position
+nested plain extras rng data.order data ranks
 errors exact
 """.split("\n")[1:-1]
 

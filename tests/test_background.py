@@ -54,7 +54,7 @@ def test_an_error_while_loading_surfaces_where_its_batch_would_have_come():
 
     def broken():
         yield from make_batches(2)
-        raise OSError("disk gone")  # noqa: EM101
+        raise OSError("disk gone")
 
     state = make_state()
     with pytest.raises(OSError, match="disk gone"):
@@ -94,6 +94,6 @@ def test_length_and_samplers_stay_visible():
 
 
 def test_reading_nothing_ahead_is_an_error():
-    """ahead below 1 is refused when it is written."""
+    """A number of batches below 1 is refused when it is written."""
     with pytest.raises(lk.UsageError, match="ahead = 0"):
         lk.background([], ahead=0)

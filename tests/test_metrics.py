@@ -1,5 +1,6 @@
 """What evaluate measures with, and how results are spelled out."""
 
+import loopkit as lk
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_functions_get_everything_at_once_and_keep_nothing():
         meter.start(torch.device("cpu"))
         meter.update({"x": torch.ones(2), "n": torch.tensor(1), "names": ["a", "b"]})
         meter.update({"x": torch.zeros(1), "n": torch.tensor(2), "names": ("c",)})
-        assert dict(meter.results()) == {"f": 1.0}
+        assert dict(meter.results(lk.Ranks())) == {"f": 1.0}
     assert len(calls) == 2
     for x, n, names in calls:
         assert (x.tolist(), n.tolist(), names) == ([1, 1, 0], [1, 2], ["a", "b", "c"])
@@ -60,4 +61,4 @@ def test_a_metric_begins_anew():
     (meter,) = meters({"accuracy": metric})
     meter.start(torch.device("cpu"))
     meter.update({"preds": torch.tensor([1]), "target": torch.tensor([1])})
-    assert dict(meter.results()) == {"accuracy": 1.0}
+    assert dict(meter.results(lk.Ranks())) == {"accuracy": 1.0}

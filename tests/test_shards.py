@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopkit.data.order import Filler
+from loopkit.data.order import Uneven
 from loopkit.feed import reading
 from loopkit.limits import known_length
 from loopkit.position import Position, begun, moved, reopened, set_epoch
@@ -20,25 +20,25 @@ from ranks import Numbers, Ranks, plain, real, samples
 
 
 class Agreement:
-    """What an all-reduce of a flag does: ranks are threads, and each waits for the others."""
+    """What a sum of flags over ranks does: they are threads, and each waits for the others."""
 
     def __init__(self, world):
         self.flags = [False] * world
         self.barrier = threading.Barrier(world, timeout=20)
 
     def of(self, rank):
-        def agree(flag):
+        def count(flag):
             self.flags[rank] = flag
             self.barrier.wait()
-            found = any(self.flags)
+            found = sum(self.flags)
             self.barrier.wait()
             return found
 
-        return agree
+        return count
 
 
 def together(world, function):
-    """What `function(rank, agree)` returns on each rank, or the error that it raised."""
+    """What `function(rank, count)` returns on each rank, or the error that it raised."""
     found, agreement = [None] * world, Agreement(world)
 
     def call(rank):
@@ -107,11 +107,11 @@ def test_streams_of_unequal_lengths_end_together(lengths, uneven):
     """Ranks that ran dry go on with fillers, or all stop at the shortest; none waits."""
     world = len(lengths)
 
-    def read(rank, agree):
+    def read(rank, count):
         data = ([rank, i] for i in range(lengths[rank]))
         if uneven == "pad":
             data = Repeatable([[rank, i] for i in range(lengths[rank])])
-        part = lk.sharded(data, rank, world, uneven, stream="sharded", agree=agree)
+        part = lk.sharded(data, rank, world, uneven, stream="sharded", count=count)
         return [*part]
 
     found = together(world, read)
@@ -121,9 +121,13 @@ def test_streams_of_unequal_lengths_end_together(lengths, uneven):
     rounds = min(lengths) if uneven == "drop" else max(lengths)
     for rank, batches in enumerate(found):
         own = [[rank, i] for i in range(lengths[rank])]
-        rest = rounds - len(own)
         if uneven == "exact":
-            assert batches == own + [Filler([rank, 0])] * rest
+            missing = [sum(n <= i for n in lengths) for i in range(rounds)]
+            given = [own[i] if i < len(own) else [rank, 0] for i in range(rounds)]
+            assert batches == [
+                Uneven(batch, missing[i], i >= len(own)) if missing[i] else batch
+                for i, batch in enumerate(given)
+            ]
         else:
             assert batches == [own[i % len(own)] for i in range(rounds)]
 
@@ -226,7 +230,7 @@ def test_samplers_within_a_share_are_told_the_epoch():
 
 def test_a_distributed_sampler_has_a_length_and_another_share_has_none():
     """DistributedSampler gives all ranks as many; others have to agree before each batch."""
-    parts = {k: lk.sharded(d, 1, 2, agree=bool) for k, d in shared_out().items()}
+    parts = {k: lk.sharded(d, 1, 2, count=int) for k, d in shared_out().items()}
     assert known_length(parts["a sampler"]) == 3
     assert known_length(parts["a dataset"]) is None
     assert known_length(parts["a stream"]) is None
@@ -293,30 +297,22 @@ def test_lists_read_their_own_batches_only():
             return index
 
     data = Batches()
-    assert [*lk.sharded(data, 1, 3)] == [1, 4, Filler(0)]
+    assert [*lk.sharded(data, 1, 3)] == [1, 4, Uneven(0, 2, True)]
     assert data.read == [1, 4, 0]
 
 
 def test_a_run_of_each_rank_makes_equally_many_updates():
     """`run` takes a part as it takes a loader: the clock, windows and the epochs' ends agree."""
-    seen = {}
+    taken = 0
     for rank in range(3):
         model = torch.nn.Linear(1, 1)
         state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
         part = lk.sharded(DataLoader(torch.arange(10.0)[:, None], 1), rank, 3)
-        seen[rank] = []
-
-        @lk.with_grad_accum(2)
-        def step(state, batch):
-            filler = type(batch) is Filler
-            inputs = batch.batch if filler else batch
-            if not filler:
-                seen[rank].append(int(inputs))
-            return {"loss": state.model(inputs).mean(), "weight": 0.0 if filler else 1.0}
-
+        step = lk.with_grad_accum(2)(lambda state, batch: state.model(batch).mean())
         ends = [s.step for s in lk.run(step, state, part, max_epochs=2) if s.epoch_end]
         assert ends == [2, 4]
-    assert sorted(seen[0] + seen[1] + seen[2]) == sorted([*range(10)] * 2)
+        taken += state.samples
+    assert taken == 20  # fillers are no samples
 
 
 WRONG = {

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,9 +20,10 @@ from loopkit.checkpoint.folder import (
     read_checkpoint,
 )
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
-from loopkit.checkpoint.saving import Saving
+from loopkit.checkpoint.saving import Saving, together
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.state import TrainState
@@ -58,6 +58,7 @@ class Checkpointer:
 
     Args:
         dir: The folder of the run; made if it is not there. One process at a time saves in it.
+            Or the address of one in an object store, `"s3://bucket/run"` (see `Remote`).
         monitor: Name of the score that says which checkpoint is best.
         mode: `"min"` or `"max"`: whether a low or a high score is good.
         keep_best: How many of the best are kept; counts only with `monitor`.
@@ -83,7 +84,7 @@ class Checkpointer:
         (False, True, Checkpoint(step=0, loss=0.5))
     """
 
-    dir: Path = attrs.field(converter=Path)
+    dir: Place = attrs.field(converter=place_of)
     monitor: str | None = attrs.field(default=None, kw_only=True)
     mode: str = attrs.field(default="min", kw_only=True, validator=_check_mode)
     keep_best: int = attrs.field(default=1, kw_only=True, validator=_check_keep_best)
@@ -141,12 +142,19 @@ class Checkpointer:
                 or the folder holds later checkpoints that the state does not come from.
         """
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
-        if self._saver.drops:
+        ranks = state.ranks
+        if ranks.from_first(self._saver.drops):
             return False
-        if not self._saver.save(state, numbers, known=self._is_known()):
-            return False
-        state.checkpoints, self._saved_step = self, state.step
-        return self.async_save or self.wait()
+        whole = None if ranks.alone else ranks.whole(state)
+        saved: bool = together(ranks, lambda: self._save(state, whole, numbers))
+        if saved:
+            state.checkpoints, self._saved_step = self, state.step
+        return saved
+
+    def _save(self, state: TrainState, whole: Any, numbers: dict[str, float]) -> bool:
+        given = state.state_dict if whole is None else lambda: whole
+        saved = self._saver.save(state, given, numbers, known=self._is_known())
+        return saved and (self.async_save or self.wait())
 
     def wait(self) -> bool:
         """Return when the last save is on disk.
@@ -158,6 +166,22 @@ class Checkpointer:
             CheckpointError: If a save failed, and `options` do not say to go on.
         """
         return self._saver.wait()
+
+    def ensure(self, state: TrainState) -> bool:
+        """Have a state on disk when this returns: save it, unless that is done, and wait.
+
+        An earlier save that failed is no reason not to try this one.
+
+        Raises:
+            CheckpointError: If it could not be saved, and `options` do not say to go on.
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.warning("{}", error)
+        if self._saved_step == state.step and not self.failures:
+            return True
+        return self.save(state) and self.wait()
 
     def close(self) -> None:
         """Wait for the last save, and leave the folder to other processes.
@@ -196,7 +220,7 @@ class Checkpointer:
 
     # Restoring
 
-    def restore(self, state: TrainState, which: str | Path | Checkpoint = "latest") -> bool:
+    def restore(self, state: TrainState, which: str | Place | Checkpoint = "latest") -> bool:
         """Load a checkpoint into a state: all of it, or, where that cannot be, nothing.
 
         A checkpoint that is damaged is passed over for the next one, with a warning; see
@@ -214,13 +238,11 @@ class Checkpointer:
             CheckpointError: If it does not fit the state: with all that differs.
             UsageError: For `"best"` without a `monitor`.
         """
-        self._saver.join()
-        if which in ("latest", "best"):
-            restored = restore_first(state, *self._choice(str(which)))
-        else:
-            restored = restore_one(state, self._at(which))
+        restored = together(state.ranks, lambda: self._restore(state, which))
         if restored is None:
             return False
+        if not state.ranks.is_first:
+            restore_one(state, restored.checkpoint)
         state.checkpoints, self.restored, self._saved_step = self, restored, state.step
         if restored.skipped:
             damaged = "; ".join(restored.skipped)
@@ -228,6 +250,12 @@ class Checkpointer:
             logger.warning("{}", message)
             warnings.warn(message, CheckpointWarning, stacklevel=2)
         return True
+
+    def _restore(self, state: TrainState, which: str | Place | Checkpoint) -> Restored | None:
+        self._saver.join()
+        if which in ("latest", "best"):
+            return restore_first(state, *self._choice(str(which)))
+        return restore_one(state, self._at(which))
 
     def load_best(self, state: TrainState) -> None:
         """Load the best checkpoint into a state, at the end of a run.
@@ -262,10 +290,10 @@ class Checkpointer:
             )
         return best, found.broken
 
-    def _at(self, which: str | Path | Checkpoint) -> Checkpoint:
+    def _at(self, which: str | Place | Checkpoint) -> Checkpoint:
         if isinstance(which, Checkpoint):
             return which
-        for path in (Path(which), self.dir / which):
+        for path in (place_of(which), self.dir / str(which)):
             if is_folder(path):
                 return read_checkpoint(path)
         raise CheckpointError(
@@ -290,35 +318,3 @@ class Checkpointer:
     def best(self) -> Checkpoint | None:
         """The one with the best score; None if there is none."""
         return next(iter(ranked(self.list(), self.monitor, self.mode)), None)
-
-
-def load_best(state: TrainState) -> None:
-    """Load the best checkpoint of its run into a state: model, optimizer, clock and all.
-
-    Which folder and which score is what the `Checkpointer` says that last saved or restored it.
-
-    Args:
-        state: A state that was saved, or restored.
-
-    Raises:
-        CheckpointError: If it was not, or there is no checkpoint with the score.
-
-    Example:
-        >>> import tempfile, torch
-        >>> model = torch.nn.Linear(2, 1)
-        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with Checkpointer(folder, monitor="loss") as checkpoints:
-        ...         for state.step, loss in enumerate([0.3, 0.1, 0.2]):
-        ...             _ = checkpoints.save(state, {"loss": loss})
-        ...     load_best(state)
-        >>> state.step
-        1
-    """
-    if state.checkpoints is None:
-        raise CheckpointError(
-            "lk.load_best(state)",
-            "a state that no Checkpointer saved or restored",
-            "checkpoints.save(state, scores) before, or checkpoints.restore(state, 'best')",
-        )
-    state.checkpoints.load_best(state)

@@ -2,17 +2,16 @@
 
 import contextlib
 import errno
-import hashlib
 import secrets
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import attrs
 
-from loopkit.checkpoint.disk import Disk, is_folder
+from loopkit.checkpoint.disk import Disk, is_folder, names
 from loopkit.checkpoint.folder import TEMPORARY, Checkpoint, free_name
-from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest
+from loopkit.checkpoint.lock import Lock
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest, Sums
 
 Chunks = Iterable[memoryview]
 
@@ -23,16 +22,14 @@ def write_file(disk: Disk, path: Path, chunks: Chunks, *, sha256: bool = False) 
     Raises:
         OSError: If it is there already, or cannot be written.
     """
-    size, crc32, digest = 0, 0, hashlib.sha256() if sha256 else None
+    sums = Sums.of(sha256=sha256)
     with _created(disk, path) as file:
         for chunk in chunks:
-            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
-            if digest is not None:
-                digest.update(chunk)
+            sums.add(chunk)
             while len(chunk):
                 chunk = chunk[disk.write(file, chunk) :]  # noqa: PLW2901
         disk.sync(file)
-    return File(size, f"{crc32:08x}", digest.hexdigest() if digest else None)
+    return sums.file()
 
 
 @contextlib.contextmanager
@@ -42,10 +39,6 @@ def _created(disk: Disk, path: Path) -> Iterator[int]:
         yield file
     finally:
         disk.close(file)
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @attrs.frozen
@@ -77,6 +70,14 @@ class Store:
             self.disk.make_folder(path)
             self.disk.sync_folder(path.parent)
 
+    def lock(self) -> Lock:
+        """Make the folder this process's own.
+
+        Raises:
+            CheckpointError: If another process is at work there.
+        """
+        return Lock(self.root)
+
     def commit(self, files: Mapping[str, Chunks], manifest: Manifest) -> Checkpoint:
         """Write a checkpoint; when this returns, it is there and survives a power cut.
 
@@ -94,7 +95,7 @@ class Store:
             manifest = attrs.evolve(manifest, files=written)
             write_file(self.disk, temporary / MANIFEST, [memoryview(manifest.to_bytes())])
             self.disk.sync_folder(temporary)
-            place = free_name(self.root, manifest.step)
+            place = self.root / free_name(self.root, manifest.step).name
             self.disk.rename(temporary, place)
             target = place
             self.disk.sync_folder(self.root)
@@ -112,9 +113,10 @@ class Store:
         renamed = []
         for checkpoint in checkpoints:
             expected = {*checkpoint.manifest.files, MANIFEST}
-            if is_folder(checkpoint.path) and _names(checkpoint.path) <= expected:
+            path = self.root / checkpoint.path.name
+            if is_folder(path) and {*names(path)} <= expected:
                 renamed.append(self._temporary(checkpoint.step))
-                self.disk.rename(checkpoint.path, renamed[-1])
+                self.disk.rename(path, renamed[-1])
         if renamed:
             self.disk.sync_folder(self.root)  # before a file goes: no half checkpoint has a name
         for path in renamed:
@@ -122,16 +124,16 @@ class Store:
 
     def clean(self) -> None:
         """Remove what writers that were killed have left."""
-        for path in [*self.root.iterdir()]:
-            if TEMPORARY.fullmatch(path.name) and is_folder(path):
-                self._remove(path)
+        for name in names(self.root):
+            if TEMPORARY.fullmatch(name) and is_folder(self.root / name):
+                self._remove(self.root / name)
 
     def _remove(self, folder: Path) -> None:
         if not TEMPORARY.fullmatch(folder.name):  # committed, but not known to be durable
             renamed = self._temporary(0)
             self.disk.rename(folder, renamed)
             folder = renamed
-        for name in _names(folder):
+        for name in names(folder):
             if FILE_NAME.fullmatch(name):
                 self.disk.remove_file(folder / name)
         try:

@@ -1,11 +1,13 @@
 """The operations on files that a checkpoint is written and read by."""
 
 import errno
+import functools
 import hashlib
 import os
 import stat
 import zlib
 from pathlib import Path
+from typing import Any
 
 from loopkit.checkpoint.manifest import File
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
@@ -66,7 +68,21 @@ class Disk:
         path.rmdir()
 
 
-def is_folder(path: Path) -> bool:
+# What is read is asked of the place itself: a path of the file system, or one elsewhere, for
+# which `remote` registers its own.
+
+
+@functools.singledispatch
+def names(folder: Any) -> list[str]:
+    """The names in a folder, links included; none where there is no folder."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208  # the half of Path.iterdir's time
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+@functools.singledispatch
+def is_folder(path: Any) -> bool:
     """Whether it is a folder itself, not a link to one."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
@@ -74,7 +90,8 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def read_bytes(path: Path, *, size: int | None = None, limit: int | None = None) -> bytearray:
+@functools.singledispatch
+def read_bytes(path: Any, *, size: int | None = None, limit: int | None = None) -> bytearray:
     """The bytes of a regular file.
 
     Args:
@@ -91,10 +108,7 @@ def read_bytes(path: Path, *, size: int | None = None, limit: int | None = None)
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
                 raise DamageError(RESTORE, f"{path.name} damaged (no regular file)", ANOTHER_COPY)
-            if size not in (None, found.st_size) or (limit and found.st_size > limit):
-                raise DamageError(
-                    RESTORE, f"{path.name} damaged (its size is {found.st_size})", ANOTHER_COPY
-                )
+            check_size(path.name, found.st_size, size, limit)
             data = bytearray(found.st_size)
             view, read = memoryview(data), 0
             while count := opened.readinto(view[read : read + CHUNK]):
@@ -108,12 +122,22 @@ def read_bytes(path: Path, *, size: int | None = None, limit: int | None = None)
     return data
 
 
+def check_size(name: str, found: int, size: int | None, limit: int | None) -> None:
+    """Compare what a file is with what it must be, before memory is taken for it.
+
+    Raises:
+        DamageError: If they differ.
+    """
+    if size not in (None, found) or (limit and found > limit):
+        raise DamageError(RESTORE, f"{name} damaged (its size is {found})", ANOTHER_COPY)
+
+
 def _reason(error: OSError) -> str:
     known = {errno.ENOENT: "missing", errno.ELOOP: "a link", errno.ENOTDIR: "no folder"}
     return known.get(error.errno or 0, str(error.strerror))
 
 
-def read_checked(path: Path, file: File) -> bytearray:
+def read_checked(path: Any, file: File) -> bytearray:
     """The bytes of a file, if size and checksums are those of the manifest.
 
     Raises:

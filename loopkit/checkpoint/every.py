@@ -51,7 +51,7 @@ class Every:
         if self.seconds is None:
             return state.epoch_end
         now = time.monotonic()
-        due = now - self._since >= self.seconds
+        due = bool(state.ranks.agree(now - self._since >= self.seconds))
         self._since = now if due else self._since
         return due
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from loopkit.checkpoint.commit import write_file
 from loopkit.checkpoint.difference import mismatched, shown
-from loopkit.checkpoint.disk import Disk
+from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
 from loopkit.checkpoint.folder import read_checkpoint
 from loopkit.checkpoint.format import Encoder
 from loopkit.checkpoint.read import read
+from loopkit.checkpoint.remote import Place, Remote, place_of
 from loopkit.checkpoint.tensors import copy_to_host
 from loopkit.errors import CheckpointError, UsageError
 from loopkit.state import TrainState
@@ -49,7 +51,7 @@ class WeightsReport:
         return "\n".join([f"{len(self.loaded)} loaded", *lines])
 
 
-def export(state: TrainState | nn.Module, path: str | Path) -> Path:
+def export(state: TrainState | nn.Module, path: str | Place) -> Place:
     """Write the model's weights to a safetensors file: complete, or not at all.
 
     The keys are those of `model.state_dict()`; weights that are tied are written once, and
@@ -57,7 +59,8 @@ def export(state: TrainState | nn.Module, path: str | Path) -> Path:
 
     Args:
         state: A state, or a model.
-        path: The file; its folder is made, and a file that is there is replaced.
+        path: The file; its folder is made, and a file that is there is replaced. Or an address
+            in an object store.
 
     Returns:
         The path.
@@ -72,7 +75,7 @@ def export(state: TrainState | nn.Module, path: str | Path) -> Path:
         ...     print(load_weights(nn.Linear(2, 1), path))
         2 loaded
     """
-    model, path = state if isinstance(state, nn.Module) else state.model, Path(path)
+    model, path = state if isinstance(state, nn.Module) else state.model, place_of(path)
     encoder = Encoder()
     tree = encoder.encode({"model": dict(model.state_dict())})["model"]
     if others := [n for n, node in tree.items() if not (type(node) is dict and "$tensor" in node)]:
@@ -84,8 +87,11 @@ def export(state: TrainState | nn.Module, path: str | Path) -> Path:
     names = {name: node["$tensor"][1] for name, node in tree.items()}
     tied = {name: kept for name, kept in names.items() if name != kept}
     contents = copy_to_host(encoder.files.get("model", {}), metadata={"format": "pt", **tied})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, contents.chunks())
+    if isinstance(path, Remote):
+        path.write(contents.chunks())
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, contents.chunks())
     return path
 
 
@@ -102,13 +108,14 @@ def _replace(path: Path, chunks: Any) -> None:
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, *, strict: bool = True, prefix: str = ""
+    model: nn.Module, path: str | Place, *, strict: bool = True, prefix: str = ""
 ) -> WeightsReport:
     """Load weights into a model from a safetensors file, or from a checkpoint's folder.
 
     Args:
         model: Its tensors are written over, in place.
-        path: What `export` or any other program wrote; or `checkpoints.best.path`.
+        path: What `export` or any other program wrote; or `checkpoints.best.path`. On disk, or
+            in an object store.
         strict: Refuse, and change nothing, unless all names and shapes fit. Otherwise load
             what fits, and report the rest.
         prefix: Leave this beginning of the file's names away: `"module."`, `"_orig_mod."`.
@@ -128,7 +135,7 @@ def load_weights(
         1 loaded
         1 unexpected in the file: bias
     """
-    weights = {n.removeprefix(prefix): w for n, w in _read_weights(Path(path)).items()}
+    weights = {n.removeprefix(prefix): w for n, w in _read_weights(place_of(path)).items()}
     here = model.state_dict()
     report = _compare(here, weights)
     fits = not (report.missing or report.unexpected or report.mismatched)
@@ -171,10 +178,15 @@ def _remedy(report: WeightsReport) -> str:
     return "the model that the weights are of; or strict=False, to load what fits"
 
 
-def _read_weights(path: Path) -> dict[str, Any]:
-    if path.is_dir():
+def _read_weights(path: Place) -> dict[str, Any]:
+    if is_folder(path) or (isinstance(path, Path) and path.is_dir()):
         weights: dict[str, Any] = read(read_checkpoint(path)).state["model"]
         return weights
+    if isinstance(path, Remote):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder, "weights.safetensors")
+            local.write_bytes(read_bytes(path))
+            return _read_weights(local)
     library: Any = importlib.import_module("safetensors")  # slow to import with its torch part
     try:
         with library.safe_open(path, framework="pt") as file:

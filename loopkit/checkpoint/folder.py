@@ -4,13 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import attrs
 
-from loopkit.checkpoint.disk import is_folder, read_bytes
+from loopkit.checkpoint.disk import is_folder, names, read_bytes
 from loopkit.checkpoint.manifest import LIMIT, MANIFEST, Manifest
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
+from loopkit.checkpoint.remote import UNFINISHED, Place
 from loopkit.errors import DamageError
 
 NAME = re.compile(r"step-(\d{12})(?:-\d{1,9})?")  # with a number where a step is saved again
@@ -26,12 +26,13 @@ class Checkpoint:
         manifest: What it holds.
 
     Example:
+        >>> from pathlib import Path
         >>> manifest = Manifest(1200, 3, 38400, 7, 1, {"accuracy": 0.9341}, {}, {})
         >>> Checkpoint(Path("runs/step-000000001200"), manifest)
         Checkpoint(step=1200, accuracy=0.9341)
     """
 
-    path: Path
+    path: Place
     manifest: Manifest = attrs.field(eq=False)
 
     @property
@@ -73,25 +74,27 @@ class Contents:
     broken: Broken
 
 
-def contents(root: Path) -> Contents:
+def contents(root: Place) -> Contents:
     """The checkpoints in a folder: order is the manifests', never the file system's.
 
     Example:
+        >>> from pathlib import Path
         >>> contents(Path("/there/is/no/such/folder"))
         Contents(intact=(), broken=())
     """
     intact, broken = [], []
-    for path in root.iterdir() if root.is_dir() else ():
-        if (name := NAME.fullmatch(path.name)) and is_folder(path):
+    for entry in names(root):
+        if (name := NAME.fullmatch(entry)) and is_folder(path := root / entry):
             try:
                 intact.append(read_checkpoint(path))
             except DamageError as error:
-                broken.append((int(name[1]), error.found))
+                if UNFINISHED not in names(path):
+                    broken.append((int(name[1]), error.found))
     intact.sort(key=lambda checkpoint: (checkpoint.manifest.serial, checkpoint.step))
     return Contents(tuple(intact), tuple(sorted(broken, reverse=True)))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Place) -> Checkpoint:
     """The checkpoint in a folder; its other files are not read yet.
 
     Raises:
@@ -138,14 +141,14 @@ class Retention:
         return [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
 
 
-def free_name(root: Path, step: int) -> Path:
+def free_name(root: Place, step: int) -> Place:
     """The name for a checkpoint: `step-<12 digits>`, with a number if that is taken.
 
     A folder cannot be replaced in one step, so a step that is saved again gets a name of
     its own, and the older one stays until the new one is complete.
     """
-    path, again = root / f"step-{step:012d}", 1
-    while path.exists() or path.is_symlink():
+    taken, name, again = names(root), f"step-{step:012d}", 1
+    while name in taken:
         again += 1
-        path = root / f"step-{step:012d}-{again}"
-    return path
+        name = f"step-{step:012d}-{again}"
+    return root / name

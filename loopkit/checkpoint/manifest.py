@@ -1,5 +1,6 @@
 """The manifest: what a checkpoint holds, with the size and checksum of each of its files."""
 
+import hashlib
 import json
 import re
 import zlib
@@ -28,6 +29,37 @@ class File:
     size: int = attrs.field(validator=_whole)
     crc32: str = attrs.field(validator=matches_re(r"[0-9a-f]{8}"))
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(r"[0-9a-f]{64}")))
+
+
+@attrs.define
+class Sums:
+    """Size and checksums of bytes that pass by.
+
+    Example:
+        >>> sums = Sums.of(sha256=False)
+        >>> sums.add(memoryview(b"abc"))
+        >>> sums.file()
+        File(size=3, crc32='352441c2', sha256=None)
+    """
+
+    _sha256: Any
+    _size: int = 0
+    _crc32: int = 0
+
+    @classmethod
+    def of(cls, *, sha256: bool) -> "Sums":
+        """Those of no bytes yet."""
+        return cls(hashlib.sha256() if sha256 else None)
+
+    def add(self, chunk: memoryview) -> None:
+        """Count these in."""
+        self._size, self._crc32 = self._size + len(chunk), zlib.crc32(chunk, self._crc32)
+        if self._sha256 is not None:
+            self._sha256.update(chunk)
+
+    def file(self) -> File:
+        """What the manifest says of them."""
+        return File(self._size, f"{self._crc32:08x}", self._sha256 and self._sha256.hexdigest())
 
 
 @attrs.frozen

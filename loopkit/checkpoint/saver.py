@@ -1,7 +1,7 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
 import warnings
-from pathlib import Path
+from typing import Any
 
 import attrs
 from loguru import logger
@@ -11,7 +11,9 @@ from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
 from loopkit.checkpoint.messages import SAVE
+from loopkit.checkpoint.objects import ObjectLock, ObjectStore
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
 from loopkit.errors import CheckpointError, CheckpointWarning
@@ -29,12 +31,12 @@ class Saver:
         failures: Saves in a row that could not be written.
     """
 
-    root: Path
+    root: Place
     options: CheckpointOptions
     retention: Retention
     failures: int = 0
     _writer: Writer = attrs.field(factory=Writer)
-    _lock: Lock | None = None
+    _lock: Lock | ObjectLock | None = None
     _buffers: dict[str, Tensor] = attrs.field(factory=dict)
 
     @property
@@ -42,11 +44,12 @@ class Saver:
         """Whether a save would come too early, and is to be left out then."""
         return self._writer.busy and self.options.when_busy == "drop"
 
-    def save(self, state: TrainState, scores: dict[str, float], *, known: bool) -> bool:
+    def save(self, state: TrainState, whole: Any, scores: dict[str, float], *, known: bool) -> bool:
         """Copy a state and begin to write it, when the one before is written.
 
         Args:
             state: What is saved.
+            whole: What gives its state dict.
             scores: What it is saved with.
             known: Whether the state comes from a checkpoint in the folder.
 
@@ -56,7 +59,8 @@ class Saver:
         self.wait()
         try:
             self._claim(state, known=known)
-            taken = take(state, scores, self._buffers, allow_nonfinite=self.options.allow_nonfinite)
+            allowed = self.options.allow_nonfinite
+            taken = take(state, whole(), scores, self._buffers, allow_nonfinite=allowed)
         except OSError as error:
             self._fail(error)
             return False
@@ -89,7 +93,7 @@ class Saver:
         if self._lock is not None and self._lock.is_held():
             return
         self._store().make_root()
-        self._lock = Lock(self.root)
+        self._lock = self._store().lock()
         later = [c for c in contents(self.root).intact if c.step > state.step]
         if later and not known:
             raise CheckpointError(
@@ -98,7 +102,9 @@ class Saver:
                 "checkpoints.restore(state) before, to go on with that run; or another folder",
             )
 
-    def _store(self) -> Store:
+    def _store(self) -> Store | ObjectStore:
+        if isinstance(self.root, Remote):
+            return ObjectStore(self.root, self.options.sha256)
         return Store(self.root, self.options.disk, self.options.sha256)
 
     def _write(self, taken: Snapshot) -> None:

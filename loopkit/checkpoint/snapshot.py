@@ -52,6 +52,7 @@ class Snapshot:
 
 def take(
     state: TrainState,
+    state_dict: Mapping[str, Any],
     scores: Mapping[str, float],
     buffers: dict[str, Tensor],
     *,
@@ -61,6 +62,7 @@ def take(
 
     Args:
         state: What is saved.
+        state_dict: Its `state_dict()`, whole.
         scores: What it is saved with.
         buffers: The memory of the last copy; used again, and kept up to date.
         allow_nonfinite: Take parameters that are not finite, too.
@@ -69,7 +71,6 @@ def take(
         UsageError: If the state holds what is no plain data.
         NonFiniteError: If a parameter is not finite.
     """
-    state_dict = state.state_dict()
     if not allow_nonfinite:
         _check_finite(state, state_dict["model"])
     encoder = Encoder()
@@ -90,7 +91,7 @@ def _manifest(
         epoch=state.epoch,
         samples=state.samples,
         serial=1,
-        world_size=1,
+        world_size=len(state_dict["rng"].get("ranks", [None])),
         scores=dict(scores),
         parts={name: classes.get(name, "") for name in parts_of(state_dict)},
         files={},

@@ -1,8 +1,14 @@
 """Writing in the background, one save at a time."""
 
+import concurrent.futures.thread  # noqa: F401  # its end is registered before ours, see below
 import threading
 import weakref
 from collections.abc import Callable
+
+# At exit Python ends all executors before it waits for threads, and a store's library that
+# needs one (to look up a host) would fail in the midst of the last save. What is registered
+# here comes first. Without it (it is not public) such a save fails, and says so.
+_before_executors_end = getattr(threading, "_register_atexit", lambda *_: None)
 
 
 class Writer:
@@ -21,6 +27,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._errors: list[BaseException] = []
         weakref.finalize(self, _show, self._errors)
+        _before_executors_end(_join, weakref.ref(self))
 
     @property
     def busy(self) -> bool:
@@ -43,6 +50,11 @@ class Writer:
     def error(self) -> BaseException | None:
         """The error of an earlier job; told once."""
         return self._errors.pop() if self._errors else None
+
+
+def _join(writer: "weakref.ref[Writer]") -> None:
+    if (found := writer()) is not None:
+        found.join()
 
 
 def _run(job: Callable[[], object], errors: list[BaseException]) -> None:

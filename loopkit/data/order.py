@@ -25,21 +25,26 @@ _DRAW_AT_FIRST = {
 
 
 @attrs.frozen
-class Filler:
-    """A batch for a rank that ran out of data, so that it can make the update with the others.
+class Uneven:
+    """A batch of a round in which not every rank has one of its own: the last of an epoch.
 
-    It is a real batch, which another rank has as its own: a forward runs on it, its loss
-    counts with weight 0, and its outputs are dropped.
+    The ranks that ran out take part with a filler, a batch that another rank has as its own:
+    a forward and a backward run on it, so that nobody waits for them in vain, its loss counts
+    with weight 0, and its outputs are dropped.
 
     Attributes:
         batch: What the loader gave.
+        missing: How many ranks have none of their own in this round.
+        filler: Whether this rank is one of them.
 
     Example:
-        >>> Filler([1, 2]).batch
+        >>> Uneven([1, 2], missing=1, filler=True).batch
         [1, 2]
     """
 
     batch: Any
+    missing: int
+    filler: bool
 
 
 @attrs.frozen
@@ -71,8 +76,8 @@ class Share:
         """How many of the epoch's first batches may be needed again, in the last round."""
         return {"exact": min(1, self.rank), "drop": 0, "pad": self.rank}[self.uneven]
 
-    def dealt(self, batches: Iterator[Any], head: list[Any]) -> Iterator[tuple[Any, bool]]:
-        """This rank's batches, each with whether it is one: it may be a filler.
+    def dealt(self, batches: Iterator[Any], head: list[Any]) -> Iterator[tuple[Any, int, bool]]:
+        """This rank's batches, each with the ranks that miss theirs, and whether this one does.
 
         Args:
             batches: All that are left, in order.
@@ -84,12 +89,13 @@ class Share:
                 mine = batch if count == self.rank + 1 else mine
             if count == 0 or (count < self.world and self.uneven == "drop"):
                 return
+            missing = self.world - count if self.uneven == "exact" else 0
             if self.rank < count:
-                yield mine, True
-            elif self.uneven == "exact":
-                yield head[0], False
+                yield mine, missing, False
+            elif missing:
+                yield head[0], missing, True
             else:
-                yield head[(self.rank - count) % len(head)], True
+                yield head[(self.rank - count) % len(head)], 0, False
 
 
 SINGLE = Share()
@@ -175,20 +181,22 @@ class Walk:
     iterator and asking it, and the order of draws has to stay.
 
     Attributes:
-        real: How many it has given that are no fillers; those come last.
+        even: How many it has given of rounds in which no rank misses its own; those come first.
+        missing: How many ranks miss theirs in the last round.
+        filler: Whether this one does.
     """
 
     def __init__(self, batches: Any, share: Share, skip: int) -> None:
         self._dealt = _walked(batches, share, skip)
-        self._first: list[tuple[Any, bool]] = []
-        self.real = 0
+        self._first: list[tuple[Any, int, bool]] = []
+        self.even, self.missing, self.filler = 0, 0, False
 
     def __iter__(self) -> "Walk":
         return self
 
     def __next__(self) -> Any:
-        batch, real = self._first.pop() if self._first else next(self._dealt)
-        self.real += real
+        batch, self.missing, self.filler = self._first.pop() if self._first else next(self._dealt)
+        self.even += not self.missing
         return batch
 
     def begin(self) -> None:
@@ -197,7 +205,7 @@ class Walk:
             self._first.extend(itertools.islice(self._dealt, 1))
 
 
-def _walked(batches: Any, share: Share, skip: int) -> Iterator[tuple[Any, bool]]:
+def _walked(batches: Any, share: Share, skip: int) -> Iterator[tuple[Any, int, bool]]:
     grouped = sample_order(batches)
     source = batches.sampler if grouped else batches
     items = iter(source if share.world == 1 else _drawn(source))

@@ -9,13 +9,13 @@ import attrs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from loopkit.check import one_of
-from loopkit.data.order import UNEVEN, Filler, Order, Part, Share, Walk
+from loopkit.data.order import UNEVEN, Order, Part, Share, Uneven, Walk
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import known_length
 from loopkit.plain import is_stateful
 from loopkit.position import Position, begun, dealing, index_name, sampler_order
 
-Agree = Callable[[bool], bool]
+Count = Callable[[bool], int]
 ShareStart = Callable[[Any], Any]
 STREAMS = ("split", "sharded")
 
@@ -24,7 +24,7 @@ _SHARED = (("num_replicas", "rank"), ("world_size", "rank"), ("num_processes", "
 
 
 class Marked(Iterator[Any]):
-    """The batches of a rank; those after the `real` ones of its walk are fillers."""
+    """The batches of a rank; those after the `even` ones of its walk are of an uneven round."""
 
     def __init__(self, batches: Iterator[Any], walk: Walk, source: object) -> None:
         self._batches, self._walk, self._source, self._given = batches, walk, source, 0
@@ -32,7 +32,8 @@ class Marked(Iterator[Any]):
     def __next__(self) -> Any:
         batch = next(self._batches)
         self._given += 1
-        return batch if self._given <= self._walk.real else Filler(batch)
+        walk = self._walk
+        return batch if self._given <= walk.even else Uneven(batch, walk.missing, walk.filler)
 
     def _shutdown_workers(self) -> None:
         end_source(self._source)
@@ -111,7 +112,7 @@ class Own(Stream):
     The ranks agree before each batch, so that none waits for one that ran dry.
     """
 
-    agree: Agree | None = None
+    count: Count | None = None
     stateful: Any = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -151,18 +152,17 @@ class Agreed(Iterator[Any]):
 
     def __next__(self) -> Any:
         found = [*itertools.islice(self._batches, 1)]
-        if self._all_end(found):
+        share, count = self._part.share, self._part.count
+        having = int(bool(found)) if count is None else count(bool(found))
+        missing = 0 if count is None else share.world - having
+        if not having or (missing and share.uneven == "drop"):
             raise StopIteration
         self._first = self._first or found
-        return found[0] if found else self._instead()
+        if not found:
+            return self._instead(missing)
+        return Uneven(found[0], missing, False) if missing and share.uneven == "exact" else found[0]
 
-    def _all_end(self, found: list[Any]) -> bool:
-        agree = self._part.agree
-        if agree is None:
-            return not found
-        return agree(not found) if self._part.share.uneven == "drop" else not agree(bool(found))
-
-    def _instead(self) -> Any:
+    def _instead(self, missing: int) -> Any:
         share = self._part.share
         if not self._first:
             raise DataError(
@@ -171,7 +171,7 @@ class Agreed(Iterator[Any]):
                 'data with at least one batch on each rank, or uneven="drop"',
             )
         if share.uneven == "exact":
-            return Filler(self._first[0])
+            return Uneven(self._first[0], missing, True)
         for batch in self._repeats:
             return batch
         self._repeats = iter(self._part.read)
@@ -213,7 +213,7 @@ def sharded(
     uneven: str = "exact",
     *,
     stream: str | None = None,
-    agree: Agree | None = None,
+    count: Count | None = None,
     share_start: ShareStart | None = None,
 ) -> Any:
     """This rank's part of `data`: of its batches, in their order, every `world`-th.
@@ -231,11 +231,11 @@ def sharded(
         data: A DataLoader, a list or other numbered batches; with `stream` any iterable.
         rank: From 0 to world - 1.
         world: Number of ranks; for 1 the data itself comes back.
-        uneven: For ranks that run out in the last round: `"exact"` gives them a `Filler`, `"drop"`
-            leaves the round out, `"pad"` repeats batches from the epoch's start.
+        uneven: For ranks that run out in the last round: `"exact"` gives them fillers (see
+            `Uneven`), `"drop"` leaves the round out, `"pad"` repeats batches from the start.
         stream: For data without numbered samples: `"split"`, every rank reads it all and keeps its
             part, or `"sharded"`, it differs on each rank already.
-        agree: Whether any rank says True; called before each batch of what was shared out by
+        count: How many ranks say True; called before each batch of what was shared out by
             others, where ranks may have unequal numbers of batches.
         share_start: Gives all ranks the random states that rank 0 calls it with. Without it
             all have to begin an epoch with equal ones.
@@ -248,8 +248,10 @@ def sharded(
         DataError: For a stream without a policy, or data that was shared out to other ranks.
 
     Example:
-        >>> [list(sharded([0, 1, 2, 3, 4], rank, 2)) for rank in (0, 1)]
-        [[0, 2, 4], [1, 3, Filler(batch=0)]]
+        >>> list(sharded([0, 1, 2, 3, 4], 0, 2))
+        [0, 2, Uneven(batch=4, missing=1, filler=False)]
+        >>> list(sharded([0, 1, 2, 3, 4], 1, 2))
+        [1, 3, Uneven(batch=0, missing=1, filler=True)]
     """
     share = _checked(rank, world, uneven, stream)
     if world == 1:
@@ -258,7 +260,7 @@ def sharded(
     if found is not None:
         _check_shared(found, share)
     if found is not None or stream == "sharded":
-        return _own(data, share, agree)
+        return _own(data, share, count)
     kind = _kind(data, share, stream)
     if kind is not Loaded:
         part = kind(data, share, share_start)
@@ -309,10 +311,10 @@ def _loaded(data: DataLoader[Any], share: Share, share_start: ShareStart | None)
     return part
 
 
-def _own(data: Any, share: Share, agree: Agree | None) -> Part:
-    equal = isinstance(getattr(data, "sampler", None), DistributedSampler) or agree is None
+def _own(data: Any, share: Share, count: Count | None) -> Part:
+    equal = isinstance(getattr(data, "sampler", None), DistributedSampler) or count is None
     sized = equal and known_length(data) is not None
-    part = (OwnSized if sized else Own)(data, share, agree=None if sized else agree)
+    part = (OwnSized if sized else Own)(data, share, count=None if sized else count)
     return Once(part) if isinstance(data, Iterator) else part
 
 

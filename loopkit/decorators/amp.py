@@ -55,7 +55,7 @@ class UnscaleGradients:
         scaler._per_optimizer_states.clear()  # noqa: SLF001
         scaler.unscale_(optimizer)
         for overflowed in scaler._found_inf_per_device(optimizer).values():  # noqa: SLF001
-            state.skip_if(overflowed)
+            state.skip_if(state.ranks.largest(overflowed))  # in place: all change their scale
         self.inner(state)
 
 

@@ -1,9 +1,11 @@
 """Clipping gradients."""
 
 import functools
+from typing import Any
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loopkit.check import positive
 from loopkit.compose import Decorator, wrap
@@ -21,10 +23,26 @@ class ClipNorm:
 
     def __call__(self, state: TrainState) -> None:
         """Clip, and note the norm from before."""
-        state.grad_norm = nn.utils.clip_grad_norm_(
-            state.parameters(), self.max_norm, self.norm_type
-        )
+        clip = _clip_sharded if state.ranks.shards_tensors else nn.utils.clip_grad_norm_
+        state.grad_norm = clip(state.parameters(), self.max_norm, self.norm_type)
         self.inner(state)
+
+
+def _clip_sharded(parameters: list[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
+    """The same where parameters are spread over ranks, some over others than the rest."""
+    meshes: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms: list[Any] = [
+        nn.utils.get_total_norm([p.grad for p in held if p.grad is not None], norm_type)
+        for held in meshes.values()
+    ]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(whole), norm_type)
+    for held in meshes.values():
+        nn.utils.clip_grads_with_norm_(held, max_norm, total)
+    return total
 
 
 @attrs.frozen
@@ -36,7 +54,11 @@ class ClipValue:
 
     def __call__(self, state: TrainState) -> None:
         """Clip each element."""
-        nn.utils.clip_grad_value_(state.parameters(), self.limit)
+        if state.ranks.shards_tensors:
+            for gradient in state.ranks.local(state.gradients()):
+                gradient.clamp_(-self.limit, self.limit)
+        else:
+            nn.utils.clip_grad_value_(state.parameters(), self.limit)
         self.inner(state)
 
 

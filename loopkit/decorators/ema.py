@@ -47,7 +47,8 @@ class UpdateAverages:
             _refuse(self.name, sorted(named.keys() ^ averages.keys()))
         with torch.no_grad():
             weights = [named[name].to(average.dtype) for name, average in averages.items()]
-            _lerp([*averages.values()], weights, 1 - self.decay, state.applied)
+            mine, theirs = state.ranks.local([*averages.values()]), state.ranks.local(weights)
+            _lerp(mine, theirs, 1 - self.decay, state.applied)
         self.inner(state)
 
 

@@ -27,7 +27,7 @@ class VoteOnFinite:
         if state.outcome.is_empty():
             return
         loss = ~torch.isfinite(state.loss)
-        gradients = ~_are_finite(state.gradients())
+        gradients = ~_are_finite(state.ranks.local(state.gradients()))
         if self.policy == "skip":
             state.skip_if(loss.to(gradients.device) | gradients)
             return

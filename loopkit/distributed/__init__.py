@@ -1,0 +1,1 @@
+"""Several processes that train one state: strategies, process groups, and what they agree on."""

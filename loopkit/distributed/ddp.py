@@ -1,0 +1,145 @@
+"""Data parallel: a replica on each rank, gradients averaged while the backward pass runs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from loopkit.check import one_of
+from loopkit.distributed.group_ranks import GroupRanks
+from loopkit.distributed.zero import forget_others
+from loopkit.errors import UsageError
+from loopkit.state import TrainState
+
+HOOKS = ("bf16", "fp16")
+
+
+class Whole(nn.Module):
+    """The user's step function as the forward of a module that holds the model.
+
+    DistributedDataParallel has to see each forward begin and end. Round the whole step function
+    it does, whatever of the model the function calls, and how often; and the model
+    itself is not touched: its class, keys, attributes and methods stay the user's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
+        """Run the step function."""
+        return function(state, batch)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Replicas(GroupRanks):
+    """Ranks with a replica of the model each.
+
+    Attributes:
+        engine: What averages the gradients.
+        sync_every: Gradients are averaged after each micro-batch.
+    """
+
+    engine: DistributedDataParallel
+    sync_every: bool
+
+    def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
+        """The forward, within what averages the gradients of its backward pass."""
+        if torch.is_grad_enabled():
+            return self.engine(function, state, batch)
+        return function(state, batch)
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """Gradients add up on each rank by itself."""
+        return nullcontext() if self.sync_every else self.engine.no_sync()
+
+
+def _check_hook(options: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
+    if isinstance(value, str):
+        one_of(f"DDP(comm_hook={value!r})", "comm_hook", value, HOOKS)
+
+
+@attrs.frozen(kw_only=True)
+class DDP:
+    """Options of `distributed("ddp")`; torch's DistributedDataParallel does the work.
+
+    Args:
+        find_unused_parameters: For step functions that do not use all parameters each time.
+        static_graph: The same parameters are used, in the same way, at each update. Gradients
+            are then averaged after each micro-batch.
+        broadcast_buffers: Each forward begins with rank 0's buffers (BatchNorm's statistics).
+        sync_batchnorm: BatchNorm over the batches of all ranks together (on accelerators).
+        bucket_cap_mb: Megabytes of gradients that travel together.
+        comm_hook: Compress gradients on their way: `"bf16"`, `"fp16"`, or a hook
+            `(group, bucket) -> future` of torch.
+        shard_optimizer: Each rank holds the optimizer state of a part of the parameters, and
+            updates that part (ZeRO stage 1).
+
+    Example:
+        >>> DDP(static_graph=True).find_unused_parameters
+        False
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
+    """
+
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    broadcast_buffers: bool = True
+    sync_batchnorm: bool = False
+    bucket_cap_mb: float = 25.0
+    comm_hook: str | Callable[..., Any] | None = attrs.field(default=None, validator=_check_hook)
+    shard_optimizer: bool = False
+
+    def set_up(self, state: TrainState) -> GroupRanks:
+        """Make the ranks replicas of each other."""
+        check_optimizer(state)
+        if self.sync_batchnorm:
+            state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
+        engine = DistributedDataParallel(
+            Whole(state.model),
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            broadcast_buffers=self.broadcast_buffers,
+            bucket_cap_mb=self.bucket_cap_mb,
+        )
+        if self.comm_hook is not None:
+            engine.register_comm_hook(None, _hook(self.comm_hook))
+        ranks = state.ranks = Replicas(
+            rank=dist.get_rank(),
+            size=dist.get_world_size(),
+            engine=engine,
+            # no_sync on a static graph ends in an internal assertion (torch 2.13, reducer.cpp)
+            sync_every=self.static_graph,
+            shards_optimizer=self.shard_optimizer,
+        )
+        if self.shard_optimizer:
+            forget_others(state)
+        return ranks
+
+
+def _hook(given: str | Callable[..., Any]) -> Callable[..., Any]:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    named = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+    return named[given] if isinstance(given, str) else given
+
+
+def check_optimizer(state: TrainState) -> None:
+    """Check that the optimizer updates parameters of the model only: others are not averaged.
+
+    Raises:
+        UsageError: If it has others.
+    """
+    own = {id(p) for p in state.model.parameters()}
+    if others := sum(id(p) not in own for p in state.parameters()):
+        raise UsageError(
+            "distributed(...) on a step",
+            f"{others} parameters in the optimizer that are not the model's; their gradients"
+            " would differ on each rank",
+            "one module that holds all that is trained: torch.nn.ModuleDict({...}) as the model",
+        )

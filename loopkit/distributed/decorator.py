@@ -1,0 +1,191 @@
+"""`distributed`: the same step on one process and on many."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from loopkit.check import one_of, positive
+from loopkit.compose import Decorator, compose, own, wrap
+from loopkit.data.order import UNEVEN
+from loopkit.data.shard import STREAMS
+from loopkit.distributed.ddp import DDP
+from loopkit.distributed.failure import NameTheFailed
+from loopkit.distributed.fsdp import FSDP
+from loopkit.distributed.group import TIMEOUT_S, join
+from loopkit.distributed.tensor_parallel import TensorParallel
+from loopkit.distributed.zero import UpdateOwnPart
+from loopkit.errors import UsageError
+from loopkit.state import TrainState
+from loopkit.types import Around, Forward, Output, Transform, Verdict
+
+Strategy = DDP | FSDP | TensorParallel
+NAMED: Mapping[str, Strategy] = {
+    "auto": DDP(),
+    "ddp": DDP(),
+    "fsdp": FSDP(),
+    "hsdp": FSDP(replicas="hosts"),
+    "zero1": DDP(shard_optimizer=True),
+    "zero2": FSDP(reshard_after_forward=False),
+    "zero3": FSDP(),
+}
+
+
+@attrs.frozen
+class Parallelize:
+    """The owner of `parallelize`: joins the group, and has the strategy spread the state."""
+
+    strategy: Strategy
+    uneven: str
+    stream: str | None
+    timeout_s: float
+
+    def __call__(self, state: TrainState) -> None:
+        """Spread the state over the ranks, if there are several."""
+        if join(self.timeout_s):
+            ranks = state.ranks = self.strategy.set_up(state)
+            ranks.uneven, ranks.stream = self.uneven, self.stream
+            _check_start(state)
+            if state.restored_rng is not None:
+                state.take_rng()
+
+
+def _check_start(state: TrainState) -> None:
+    steps = state.ranks.gather(state.step)
+    if len({*steps}) > 1:
+        raise UsageError(
+            "a state on several ranks",
+            f"updates made before, by rank: {steps}",
+            "checkpoints in a folder that all hosts share, and the same restore on every rank",
+        )
+
+
+@attrs.frozen
+class ThroughRanks:
+    """A layer of `forward`: what averages gradients sees it begin and end."""
+
+    inner: Forward
+
+    def __call__(self, state: TrainState, batch: Any) -> Output:
+        """The forward, the ranks' way."""
+        return state.ranks.forward(self.inner, state, batch)
+
+
+@attrs.frozen
+class SyncAtLast:
+    """A layer of `around`: gradients are averaged at the window's last micro-batch only."""
+
+    inner: Around
+
+    def __call__(self, state: TrainState, last: bool) -> AbstractContextManager[Any]:
+        """A context without traffic, but for the last micro-batch."""
+        if last:
+            return self.inner(state, last)
+        both = ExitStack()
+        both.enter_context(self.inner(state, last))
+        both.enter_context(state.ranks.unsynced())
+        return both
+
+
+@attrs.frozen
+class ShareWeights:
+    """A layer of `unscale`: the mean is over the micro-batches of all ranks.
+
+    Strategies leave the mean of the ranks' gradients, `sum_r(g_r) / size`. Where micro-batches
+    have weights, or some ranks had fewer, the divisor that is left makes it the one mean.
+    """
+
+    inner: Transform
+
+    def __call__(self, state: TrainState) -> None:
+        """Sum the weights over ranks, then go on."""
+        outcome, ranks = state.outcome, state.ranks
+        if ranks.size > 1:
+            weight = outcome.total_weight()
+            if weight is not None:
+                total = torch.as_tensor(weight, dtype=torch.float64, device=state.device).clone()
+                ranks.sum(total)
+                state.skip_if(total == 0)
+                outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
+            elif outcome.missing:
+                taken = len(outcome.parts) * ranks.size
+                share = (taken - outcome.missing) / taken
+                outcome.divide_by = share if outcome.length else share * len(outcome.parts)
+        self.inner(state)
+
+
+@attrs.frozen
+class AgreeVotes:
+    """A layer of `verdict`: one rank's vote to skip is the vote of all."""
+
+    inner: Verdict
+
+    def __call__(self, state: TrainState) -> Tensor | None:
+        """The largest vote on any rank."""
+        verdict = self.inner(state)
+        return verdict if verdict is None else state.ranks.largest(verdict)
+
+
+def distributed(
+    strategy: str | Strategy = "auto",
+    *,
+    uneven: str = "exact",
+    stream: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Decorator:
+    """Train on all the processes that a launcher has started; on a single one do nothing.
+
+    The same script runs by `python`, by `torchrun`, by `srun` and by `mpirun`. Each rank reads
+    its own share of a loader's batches, so the batch size is per rank; the gradient is that of
+    the one mean over the micro-batches of all ranks, weighted where the step function returns
+    weights. The model stays yours: its class (DDP), its `state_dict` keys, and
+    `state.model is model`. An optimizer made before is pointed at the shards.
+
+    All ranks skip, raise and stop together. Where one fails, the others end with an error that
+    names it, at the latest after `timeout_s`.
+
+    Args:
+        strategy: `"ddp"` (`"auto"`), `"fsdp"`, `"hsdp"`, `"zero1"`, `"zero2"`, `"zero3"`; or one
+            with settings: `lk.DDP(...)`, `lk.FSDP(...)`, `lk.TensorParallel(plan, ...)`.
+        uneven: For ranks that run out of batches in the last round: `"exact"` has them take part
+            with weight 0, `"drop"` leaves the round out, `"pad"` repeats batches.
+        stream: For data without numbered samples: `"split"`, each rank reads it all and keeps
+            its part, or `"sharded"`, it differs on each rank already.
+        timeout_s: Seconds that a rank waits for another before it gives up.
+
+    Raises:
+        UsageError: For a strategy that it does not know.
+        RankError: In a step, where another rank failed.
+
+    Example:
+        >>> distributed("fsdp")
+        distributed('fsdp')
+
+    Source: https://docs.pytorch.org/docs/stable/distributed.html
+    """
+    name = f"distributed({strategy!r})" if strategy != "auto" else "distributed()"
+    if isinstance(strategy, str):
+        chosen = NAMED[one_of(name, "strategy", strategy, (*NAMED,))]
+    elif isinstance(strategy, Strategy):
+        chosen = strategy
+    else:
+        raise UsageError(
+            name,
+            f"a strategy of type {type(strategy).__name__}",
+            f"one of {', '.join(NAMED)}; or lk.DDP(...), lk.FSDP(...), lk.TensorParallel(...)",
+        )
+    one_of(name, "uneven", uneven, UNEVEN)
+    if stream is not None:
+        one_of(name, "stream", stream, STREAMS)
+    owner = Parallelize(chosen, uneven, stream, positive(name, "timeout_s", timeout_s))
+    layers: dict[str, Any] = {
+        "around": SyncAtLast, "forward": ThroughRanks, "unscale": ShareWeights,
+        "verdict": AgreeVotes, "update": NameTheFailed,
+    }  # fmt: skip
+    if isinstance(chosen, DDP) and chosen.shard_optimizer:
+        layers["apply"] = UpdateOwnPart
+    claims = ("precision",) if isinstance(chosen, FSDP) and chosen.precision else ()
+    return compose(own(name=name, parallelize=owner), wrap(name=name, claims=claims, **layers))

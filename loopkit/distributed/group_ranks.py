@@ -1,0 +1,130 @@
+"""Ranks that talk through a process group."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from loopkit.data.shard import sharded
+from loopkit.distributed.decisions import host_device
+from loopkit.distributed.failure import guarded
+from loopkit.distributed.whole import fitted, settle, whole
+from loopkit.ranks import Ranks
+from loopkit.state import TrainState
+
+
+@attrs.define(eq=False, kw_only=True)
+class GroupRanks(Ranks):
+    """Ranks of a process group; strategies derive theirs from it.
+
+    Attributes:
+        group: Those among which data is spread; None for all.
+        uneven: What ranks do that run out of data before others; see `sharded`.
+        stream: How data is shared out that has no numbered samples.
+    """
+
+    group: Any = None
+    uneven: str = "exact"
+    stream: str | None = None
+    _shared: tuple[Any, str, Any] = (None, "", None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process of rank 0 among all."""
+        return dist.get_rank() == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks' data, in place."""
+        guarded(dist.all_reduce, "a sum over ranks", tensor, dist.ReduceOp.SUM, self.group)
+        return tensor
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest on any rank, in place."""
+        guarded(dist.all_reduce, "a vote of ranks", tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def agree(self, flag: int) -> int:
+        """The largest number of any rank, so true on all where it is on any; waits for all."""
+        return int(self.largest(torch.tensor(float(flag), device=host_device())))
+
+    def share(self, data: Any, uneven: str | None = None) -> Any:
+        """This rank's part of some data: of its batches every `size`-th."""
+        how = uneven or self.uneven
+        if self._shared[0] is not data or self._shared[1] != how:
+            part = sharded(
+                data, self.rank, self.size, how,
+                stream=self.stream, count=self._count, share_start=self.from_first,
+            )  # fmt: skip
+            self._shared = (data, how, part)
+        return self._shared[2]  # the same part for the same data, which a run goes on with
+
+    def _count(self, flag: bool) -> int:
+        return int(self.sum(torch.tensor(float(flag), device=host_device())))
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, which has to pickle."""
+        held = [value]
+        guarded(dist.broadcast_object_list, "taking rank 0's value", held, 0)
+        return held[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on all ranks."""
+        held: list[Any] = [None] * self.size
+        guarded(dist.all_gather_object, "gathering from all ranks", held, value, self.group)
+        return held
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The parts of tensors that this process holds."""
+        if not self.shards_tensors:
+            return tensors
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def whole(self, state: TrainState) -> Any:
+        """`state.state_dict()` as of one process, on the first rank; None on the others."""
+        return whole(state)
+
+    def fitted(self, state: TrainState, state_dict: Mapping[str, Any]) -> Any:
+        """A whole state dict as this rank's part of the state takes it."""
+        return fitted(state, state_dict)
+
+    def settle(self, state: TrainState) -> None:
+        """What follows loading a state dict."""
+        settle(state)
+
+    @contextmanager
+    def among(self, flag: bool) -> Iterator[Any]:
+        """A process group of the ranks that say True, for those; None for all."""
+        said = self.gather(flag)
+        if all(said) or not flag:
+            yield self.group
+            return
+        world = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        members = [rank for rank, true in zip(world, said, strict=True) if true]
+        group = dist.new_group(members, use_local_synchronization=True)
+        try:
+            yield group
+        finally:
+            dist.destroy_process_group(group)
+
+    def begin_evaluation(self, model: nn.Module) -> None:
+        """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
+        for buffer in model.buffers():
+            guarded(dist.broadcast, "taking rank 0's buffers", buffer, 0)
+
+
+def start_equal(model: nn.Module) -> None:
+    """Give all ranks the weights and buffers of rank 0."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                guarded(dist.broadcast, "taking rank 0's weights", tensor, 0)

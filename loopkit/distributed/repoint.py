@@ -1,0 +1,46 @@
+"""Giving an optimizer the parameters that sharding has put in the place of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from loopkit.state import TrainState
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The name of each parameter, by its identity."""
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def repoint(state: TrainState, before: Mapping[int, str]) -> None:
+    """Have the optimizer update the model's present parameters; its state is sharded like them.
+
+    Args:
+        state: Its model has been sharded.
+        before: `names_of` the model before that.
+    """
+    now = dict(state.model.named_parameters(remove_duplicate=False))
+    optimizer: Any = state.optimizer
+    for group in optimizer.param_groups:
+        for i, old in enumerate(group["params"]):
+            new = group["params"][i] = now[before[id(old)]]
+            if new is not old and old in optimizer.state:
+                kept = optimizer.state.pop(old)
+                optimizer.state[new] = {k: like(value, new) for k, value in kept.items()}
+
+
+def like(value: Any, parameter: Tensor) -> Any:
+    """What belongs to a parameter, sharded as it is; what has another shape stays."""
+    if (
+        not isinstance(parameter, DTensor)
+        or not isinstance(value, Tensor)
+        or isinstance(value, DTensor)
+        or value.shape != parameter.shape
+    ):
+        return value
+    # Each rank holds the whole, so each takes its own part of it, without any traffic.
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

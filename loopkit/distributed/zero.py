@@ -1,0 +1,77 @@
+"""Optimizer state in parts, one on each rank (ZeRO stage 1)."""
+
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from loopkit.distributed.failure import guarded
+from loopkit.state import TrainState
+from loopkit.types import Apply, Recompute
+
+
+def owners(parameters: list[nn.Parameter], size: int) -> list[int]:
+    """For each parameter the rank that updates it: the largest first, to the least laden rank.
+
+    Example:
+        >>> owners([nn.Parameter(torch.zeros(n)) for n in (4, 1, 3)], 2)
+        [0, 1, 1]
+    """
+    load, owner = [0] * size, [0] * len(parameters)
+    for i in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
+        owner[i] = load.index(min(load))
+        load[owner[i]] += parameters[i].numel()
+    return owner
+
+
+@attrs.frozen
+class UpdateOwnPart:
+    """A layer of `apply`: each rank updates its part of the parameters, and sends it to the others.
+
+    The optimizer stays the user's, with all its param groups; it holds the state of this rank's
+    part only.
+    """
+
+    inner: Apply
+
+    def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
+        """Update this rank's part, then take over the other ranks' parts."""
+        if not state.ranks.shards_optimizer:
+            return self.inner(state, recompute)
+        parameters, groups = state.parameters(), state.optimizer.param_groups  # type: ignore[union-attr]
+        owner, rank = owners(parameters, state.ranks.size), state.ranks.rank
+        of = dict(zip(map(id, parameters), owner, strict=True))
+        whole = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if of[id(p)] == rank]
+        try:
+            applied = self.inner(state, recompute)
+        finally:
+            for group, params in zip(groups, whole, strict=True):
+                group["params"] = params
+        with torch.no_grad():
+            sent = [
+                dist.broadcast(p, r, async_op=True) for p, r in zip(parameters, owner, strict=True)
+            ]
+            for work in sent:
+                guarded(work.wait, "taking the other ranks' updates")
+        return applied
+
+
+def gathered(state: TrainState, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state dict with the parts of all ranks, on the first rank."""
+    parts: list[Any] | None = [None] * dist.get_world_size() if state.ranks.is_first else None
+    dist.gather_object(optimizer["state"], parts)
+    whole = {key: value for part in parts or [optimizer["state"]] for key, value in part.items()}
+    return optimizer | {"state": dict(sorted(whole.items()))}
+
+
+def forget_others(state: TrainState) -> None:
+    """Drop the optimizer state of the parameters that other ranks update."""
+    parameters = state.parameters()
+    owner = owners(parameters, state.ranks.size)
+    for parameter, rank in zip(parameters, owner, strict=True):
+        if rank != state.ranks.rank:
+            state.optimizer.state.pop(parameter, None)  # type: ignore[union-attr]

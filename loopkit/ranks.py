@@ -1,0 +1,99 @@
+"""The processes that train one state together; one process is the case of one rank."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+_NOTHING = nullcontext()
+
+
+@attrs.define(eq=False)
+class Ranks:
+    """How the processes that train one state work together; a state holds it as `state.ranks`.
+
+    This is one process, for which each method is the identity; `distributed` puts another
+    in its place. Ranks that hold the same data (tensor parallel ones) count once in `size`.
+
+    Attributes:
+        rank: Number of this process among those that have data of their own.
+        size: How many those are.
+        shards_tensors: Whether some parameters are DTensors, of which each holds a part.
+        shards_optimizer: Whether each holds the optimizer state of its own part only.
+    """
+
+    rank: int = 0
+    size: int = 1
+    shards_optimizer: bool = False
+    shards_tensors: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks' data, in place."""
+        return tensor
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest on any rank, in place."""
+        return tensor
+
+    def share(self, data: Any, uneven: str | None = None) -> Any:  # noqa: ARG002
+        """This rank's part of some data."""
+        return data
+
+    def agree(self, flag: int) -> int:
+        """The largest number of any rank, so true on all where it is on any; waits for all."""
+        return flag
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, which has to pickle."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of the ranks that share the data, in their order, on each of them."""
+        return [value]
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The parts of tensors that this process holds; what acts on elements needs no more."""
+        return tensors
+
+    def among(self, flag: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
+        """A process group of the ranks that say True, for those; None for all."""
+        return _NOTHING
+
+    def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
+        """Run the forward of one micro-batch."""
+        return function(state, batch)
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """A context in which gradients add up on each rank by itself."""
+        return _NOTHING
+
+    def whole(self, state: Any) -> Any:
+        """`state.state_dict()` as of one process, on the first rank; all have to call it."""
+        return state.state_dict()
+
+    def fitted(self, state: Any, state_dict: Any) -> Any:  # noqa: ARG002
+        """A whole state dict as this rank's part of the state takes it."""
+        return state_dict
+
+    def settle(self, state: Any) -> None:
+        """What follows loading a state dict."""
+
+    def begin_evaluation(self, model: torch.nn.Module) -> None:
+        """Make what only one rank's copy has right the same on all: buffers."""
+
+
+ALONE = Ranks()
+"""One process."""

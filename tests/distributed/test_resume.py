@@ -1,0 +1,171 @@
+"""What several ranks save, any number of them goes on from."""
+
+import functools
+
+import loopkit as lk
+import pytest
+import torch
+from loopkit.testing import assert_bitwise_equal
+from pool import POOL
+from test_parity import Blocks, whole
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+STRATEGIES = {"ddp": (2, "ddp"), "fsdp": (2, "fsdp"), "zero1": (2, "zero1"), "one": (1, "ddp")}
+
+
+def dropout_classifier(state, batch):
+    inputs, labels = batch
+    state.extras["seen"] += labels.tolist()
+    hidden = nn.functional.dropout(inputs, 0.2, training=state.model.training)
+    return state.model(hidden).square().mean()
+
+
+def fresh():
+    torch.manual_seed(0)
+    model = Blocks()
+    return lk.TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.01), seen=[])
+
+
+def loader():
+    inputs = torch.randn(52, 4, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(inputs, torch.arange(52)), 3, shuffle=True)
+
+
+def decorated(strategy):
+    return lk.compose(
+        lk.with_ema(0.9), lk.with_clip(0.5), lk.with_grad_accum(2), lk.distributed(strategy)
+    )(dropout_classifier)
+
+
+def trained(strategy, folder, stop, restore_first=True):
+    """Restore, train to `stop` updates, save; weights, averages and the labels seen."""
+    step, state = decorated(strategy), fresh()
+    checkpoints = lk.Checkpointer(folder) if folder else None
+    if restore_first and checkpoints is not None:
+        checkpoints.restore(state)
+    step.set_up(state)
+    if not restore_first:
+        checkpoints.restore(state)
+    [*lk.run(step, state, loader(), max_steps=stop)]
+    if checkpoints is not None:
+        checkpoints.save(state)
+        checkpoints.close()
+    return whole(state.model.state_dict()), whole(state.features["ema"].weights), state.extras
+
+
+@pytest.mark.parametrize("restore_first", [True, False], ids=["before", "after set-up"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1"])
+def test_going_on_in_the_midst_of_an_epoch_changes_no_bit(strategy, restore_first, tmp_path):
+    """Two ranks cut twice, with dropout and shuffling, end with the weights of those uncut."""
+    world, name = STRATEGIES[strategy]
+    straight = POOL.run(world, trained, name, None, 7)
+    for stop in (2, 4, 7):
+        found = POOL.run(world, trained, name, str(tmp_path), stop, restore_first)
+    for (weights, averages, _), (expected, expected_averages, _) in zip(
+        found, straight, strict=True
+    ):
+        assert_bitwise_equal(weights, expected)
+        assert_bitwise_equal(averages, expected_averages)
+
+
+def counted(found):
+    return sorted(label for _, _, extras in found for label in extras["seen"])
+
+
+def test_ranks_may_change_within_an_epoch(tmp_path):
+    """2, 1, 4, then 2 ranks, of other strategies: each sample of the epoch is seen once."""
+    plan = [("fsdp", 2, 2), ("ddp", 1, 3), ("zero1", 4, 4), ("fsdp", 2, None)]
+    weights = None
+    seen = []
+    for strategy, world, stop in plan:
+        found = POOL.run(world, elastic, strategy, str(tmp_path), stop, weights)
+        weights = found[0][0]
+        seen += [label for _, labels in found for label in labels]
+    assert sorted(seen) == [*range(52)]
+
+
+def elastic(strategy, folder, stop, expected):
+    """The same, of each rank's own samples; with a check that the weights are as they were."""
+    step, state = decorated(strategy), fresh()
+    checkpoints = lk.Checkpointer(folder)
+    restored = checkpoints.restore(state)
+    assert restored == (expected is not None)
+    step.set_up(state)
+    if expected is not None:
+        assert_bitwise_equal(whole(state.model.state_dict()), expected)
+    state.extras["seen"].clear()
+    limits = {"max_epochs": 1} if stop is None else {"max_steps": stop}
+    taken = []
+    for state in lk.run(step, state, loader(), **limits):
+        fillers = len(state.extras["seen"]) - state_samples(state, taken)
+        own = state.extras["seen"][: len(state.extras["seen"]) - fillers]
+        state.extras["seen"].clear()
+        taken += own
+    checkpoints.save(state)
+    checkpoints.close()
+    return whole(state.model.state_dict()), taken
+
+
+def state_samples(state, taken):
+    return state.outcome.samples
+
+
+def evaluated(strategy, batch_size, count):
+    step, state = decorated(strategy), fresh()
+    step.set_up(state)
+    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(6))
+    data = DataLoader(TensorDataset(inputs, labels), batch_size)
+    scores = lk.evaluate(eval_step, state, data, metrics())
+    outputs = torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
+    return scores, outputs
+
+
+def eval_step(state, batch):
+    inputs, labels = batch
+    logits = state.model(inputs)
+    loss = nn.functional.cross_entropy(logits, labels)
+    return {"loss": loss, "preds": logits, "target": labels, "one": torch.tensor(1.0)}
+
+
+def metrics():
+    from torchmetrics import CatMetric
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+    del CatMetric
+    return {
+        "accuracy": MulticlassAccuracy(3),
+        "auroc": MulticlassAUROC(3),
+        "top": lambda preds, target: float((preds.argmax(1) == target).double().mean()),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 4)])
+def test_evaluation_does_not_depend_on_ranks(strategy, world, batch_size):
+    """101 samples: loss, metrics and predictions are those of one process, on every rank."""
+    state = fresh()
+    inputs = torch.randn(101, 4, generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(3, (101,), generator=torch.Generator().manual_seed(6))
+    data = DataLoader(TensorDataset(inputs, labels), batch_size)
+    expected = lk.evaluate(eval_step, state, data, metrics())
+    predicted = torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
+    for scores, outputs in POOL.run(world, evaluated, strategy, batch_size, 101):
+        assert scores == pytest.approx(expected, rel=1e-6)
+        assert scores["one"] == 1.0
+        torch.testing.assert_close(outputs, predicted)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fewer_samples_than_ranks_are_evaluated(count):
+    """Ranks without a sample take part, and add nothing."""
+    state = fresh()
+    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(6))
+    data = DataLoader(TensorDataset(inputs, labels), 1)
+    measure = functools.partial(lk.evaluate, eval_step, state, data)
+    expected = measure({"accuracy": metrics()["accuracy"], "top": metrics()["top"]})
+    for scores, outputs in POOL.run(4, evaluated, "fsdp", 1, count):
+        assert {k: scores[k] for k in expected} == pytest.approx(expected, rel=1e-6)
+        assert len(outputs) == count
