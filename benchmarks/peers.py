@@ -1,7 +1,7 @@
 """The same training in loopkit and in its peers: what each adds to the hand-written loop.
 
     python benchmarks/peers.py                       # all; table and figure in benchmarks/results
-    python benchmarks/peers.py --only loopkit ignite --tasks mlp
+    python benchmarks/peers.py --only loopkit Ignite --tasks mlp --add
 
 Each peer trains in a process of its own, on batches that one iterable gives it. Between rounds of
 its updates that iterable runs as many updates of the loop written by hand, so that both
@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import importlib
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -641,22 +642,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*PEERS], choices=PEERS)
     parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=TASKS)
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--add", action="store_true", help="to the results that there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(*args.one, args.scale)))
         return
-    rows = []
-    for task in args.tasks:
-        for mode in ("plain", "full"):
-            for peer in args.only:
-                row = measured(peer, task, mode, args.scale)
-                if row:
-                    rows.append(row)
-                    found = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
-                    print(f"{peer:<20} {task:<5} {mode:<6} {found}  equal: {row['equal']}")
     args.out.mkdir(exist_ok=True)
-    (args.out / "peers.json").write_text(json.dumps(rows, indent=1) + "\n")
+    kept = args.out / "peers.json"
+    rows = json.loads(kept.read_text()) if args.add and kept.exists() else []
+    for peer, task, mode in itertools.product(args.only, args.tasks, ("plain", "full")):
+        row = measured(peer, task, mode, args.scale)
+        if row:
+            same = [(r["peer"], r["task"], r["mode"]) == (peer, task, mode) for r in rows]
+            rows = [r for r, again in zip(rows, same, strict=True) if not again] + [row]
+            kept.write_text(json.dumps(rows, indent=1) + "\n")  # at once: a run takes long
+            found = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
+            print(f"{peer:<20} {task:<5} {mode:<6} {found}  equal: {row['equal']}", flush=True)
     (args.out / "peers.md").write_text(table(rows))
     figure(rows, args.out / "peers.png")
 

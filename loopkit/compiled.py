@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from loopkit.errors import CompositionError
 from loopkit.functional import Form, Group, functional_form
 from loopkit.graphs import Program, allow_backward
 from loopkit.nested import batch_size
@@ -224,6 +225,8 @@ class CompiledUpdate:
 
     def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         """Update the weights; false where the update was skipped."""
+        if state.unproven:  # the first update of this step on this state
+            _check_ranks(self.name)
         parts, apply, optimizer = self.parts, self.parts.apply, state.optimizer
         form = apply.form(optimizer) if type(apply) is CompiledApply else None
         groups = form and optimizer and form.bind(optimizer)
@@ -260,3 +263,14 @@ class CompiledUpdate:
         finally:
             state.outcome = outcome
         return parts.apply(state, parts.recompute)
+
+
+def _check_ranks(name: str) -> None:
+    """Hooks that average gradients over ranks do not run where autograd is in a graph."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise CompositionError(
+            name,
+            f"{group.get_world_size()} ranks, whose gradients would not be averaged in its graph",
+            'with_compile("model"), which the strategies of distributed() go round',
+        )

@@ -354,6 +354,18 @@ def test_a_closure_and_a_compiled_step_are_refused_together():
         lk.compose(lk.with_closure(), with_compile())(classifier)
 
 
+def test_a_compiled_step_refuses_several_ranks():
+    """Gradients that would silently not be averaged are an error in the first update."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(lk.CompositionError, match="2 ranks"):
+            with_compile()(classifier)(state_of(), make_batches(1)[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_functional_forms_are_of_torchs_own_optimizers_only():
     """A subclass may do something else in its step, so it keeps it."""
 

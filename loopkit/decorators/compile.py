@@ -114,7 +114,8 @@ def with_compile(
     Numbers are those of the uncompiled step up to rounding: fused operations round once where
     single ones round each time (float32: about 1e-6 of a value for each update; under bf16
     autocast about 1e-2, for bf16 has 8 bits). Dropout draws other random numbers, unless
-    `torch._inductor.config.fallback_random` is set.
+    `torch._inductor.config.fallback_random` is set. fp16 loss scaling runs in pieces: torch's
+    GradScaler is not traced.
 
     A learning rate that a schedule sets goes in as a tensor, so nothing is compiled again for
     it; with the scope "model" it does not enter what is compiled. To evaluate uncompiled, where
@@ -131,6 +132,7 @@ def with_compile(
 
     Raises:
         UsageError: For another scope, blocks of a step, or blocks that the model has not.
+        CompositionError: For a step on several ranks, whose graph would not average gradients.
 
     Example:
         >>> with_compile("step")
