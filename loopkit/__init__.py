@@ -38,6 +38,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
+from loopkit.every import every
 from loopkit.observe.progress import progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
@@ -45,6 +46,7 @@ from loopkit.run import Run, run
 from loopkit.seed import seed_everything
 from loopkit.state import TrainState
 from loopkit.step import Step
+from loopkit.stop import EarlyStopping
 from loopkit.types import (
     Apply,
     Around,
@@ -69,13 +71,11 @@ if TYPE_CHECKING:
     from loopkit.checkpoint.options import CheckpointOptions
     from loopkit.checkpoint.preemption import preemptible
     from loopkit.checkpoint.restore import Restored
+    from loopkit.debug.memory import find_batch_size
+    from loopkit.debug.overflow import detect_overflow
+    from loopkit.debug.rates import LrCurve, find_lr
+    from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
     from loopkit.decorators.compile import with_compile
-    from loopkit.distributed.ddp import DDP
-    from loopkit.distributed.decisions import agree, reduce
-    from loopkit.distributed.decorator import distributed
-    from loopkit.distributed.fsdp import FSDP
-    from loopkit.distributed.launch import launch
-    from loopkit.distributed.tensor_parallel import TensorParallel
     from loopkit.graphs import CompileWarning
     from loopkit.optim.combined import CombinedOptimizer
     from loopkit.optim.configure import configure_optimizer
@@ -92,6 +92,12 @@ if TYPE_CHECKING:
         wsd,
     )
     from loopkit.optim.plot import plot_schedule
+    from loopkit.parallel.ddp import DDP
+    from loopkit.parallel.decisions import agree, reduce
+    from loopkit.parallel.decorator import distributed
+    from loopkit.parallel.fsdp import FSDP
+    from loopkit.parallel.launch import launch
+    from loopkit.parallel.tensor_parallel import TensorParallel
 
 __version__ = "0.1.0"
 
@@ -108,6 +114,10 @@ _LATER = {
     "loopkit.checkpoint.options": ("CheckpointOptions",),
     "loopkit.checkpoint.preemption": ("preemptible",),
     "loopkit.checkpoint.restore": ("Restored",),
+    "loopkit.debug.memory": ("find_batch_size",),
+    "loopkit.debug.overflow": ("detect_overflow",),
+    "loopkit.debug.rates": ("LrCurve", "find_lr"),
+    "loopkit.debug.rehearse": ("Rehearsal", "fast_dev_run", "overfit", "sanity_check"),
     "loopkit.optim.combined": ("CombinedOptimizer",),
     "loopkit.optim.configure": ("configure_optimizer",),
     "loopkit.optim.create": ("create_optimizer",),
@@ -123,16 +133,18 @@ _LATER = {
         "wsd",
     ),
     "loopkit.optim.plot": ("plot_schedule",),
-    "loopkit.distributed.ddp": ("DDP",),
-    "loopkit.distributed.decisions": ("agree", "reduce"),
-    "loopkit.distributed.decorator": ("distributed",),
-    "loopkit.distributed.fsdp": ("FSDP",),
-    "loopkit.distributed.launch": ("launch",),
-    "loopkit.distributed.tensor_parallel": ("TensorParallel",),
+    "loopkit.parallel.ddp": ("DDP",),
+    "loopkit.parallel.decisions": ("agree", "reduce"),
+    "loopkit.parallel.decorator": ("distributed",),
+    "loopkit.parallel.fsdp": ("FSDP",),
+    "loopkit.parallel.launch": ("launch",),
+    "loopkit.parallel.tensor_parallel": ("TensorParallel",),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "debug":
+        return importlib.import_module("loopkit.debug")
     for module, names in _LATER.items():
         if name in names:
             value = globals()[name] = getattr(importlib.import_module(module), name)
@@ -163,10 +175,12 @@ __all__ = [
     "DamageError",
     "DataError",
     "Decorator",
+    "EarlyStopping",
     "Forward",
     "GradientsOf",
     "KeepMicroBatches",
     "LoopkitError",
+    "LrCurve",
     "MicroBatches",
     "MissingExtraError",
     "NonFiniteError",
@@ -175,6 +189,7 @@ __all__ = [
     "RankError",
     "Ranks",
     "Recompute",
+    "Rehearsal",
     "Restored",
     "Run",
     "Split",
@@ -199,18 +214,24 @@ __all__ = [
     "cosine",
     "cosine_with_restarts",
     "create_optimizer",
+    "detect_overflow",
     "device",
     "distributed",
     "ema_weights",
     "eval_step",
     "evaluate",
+    "every",
     "explain",
     "export",
+    "fast_dev_run",
+    "find_batch_size",
+    "find_lr",
     "inverse_sqrt",
     "launch",
     "linear",
     "load_best",
     "load_weights",
+    "overfit",
     "own",
     "param_groups",
     "plot_schedule",
@@ -221,6 +242,7 @@ __all__ = [
     "progress",
     "reduce",
     "run",
+    "sanity_check",
     "seed_everything",
     "sharded",
     "to_device",

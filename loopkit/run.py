@@ -69,7 +69,8 @@ class Loop:
                     for batch in self._feed(batches):
                         interrupt.busy = True
                         step(state, batch)
-                        state.batch += (batch.length or 1) if type(batch) is Window else 1
+                        state.taken = (batch.length or 1) if type(batch) is Window else 1
+                        state.batch += state.taken
                         state.epoch_end = state.batch == self._end
                         interrupt.busy = False
                         if interrupt.pending:
@@ -96,7 +97,7 @@ class Loop:
             take_up(self.data, state.position)
             state.batch = moved(self.data, state.position, state.batch)
         self._roll_over()
-        state.data = self.data
+        state.data, state.epoch_batches = self.data, self.limits.batches
         self._begun_at, self._dried_up = state.epoch, False
 
     def _open(self, data: Iterable[Any]) -> Iterator[Any]:

@@ -42,6 +42,8 @@ class TrainState:
         epoch: Epochs finished so far; at the last update of an epoch still its number.
         batch: Batches (micro-batches too) that `run` has taken in this epoch.
         samples: Samples taken so far.
+        taken: Batches that `run` took for the last update; 0 before the first one.
+        epoch_batches: Batches of an epoch of the run, where that is known.
         epoch_end: True at the last update of an epoch.
         lr: Learning rate of the last update, of the first param group.
         applied: False where the last update was skipped; a bool, or a 0-d bool
@@ -72,6 +74,8 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     samples: int = 0
+    taken: int = 0
+    epoch_batches: int | None = None
     epoch_end: bool = False
     applied: bool | Tensor = True
     output: Mapping[str, Any] | None = None

@@ -19,6 +19,10 @@ LAYERS = """
 loopkit
 testing
 checking
+debug
+debug.check debug.rehearse debug.rates debug.memory debug.overflow
+debug.fork debug.samples
+debug.findings
 optim.configure
 optim.create
 optim.combined optim.groups optim.plot optim.phases
@@ -27,7 +31,7 @@ optim
 run predict
 observe
 evaluate
-decorators distributed.decorator
+decorators parallel.decorator
 compose
 compiled
 step
@@ -36,7 +40,7 @@ feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
-checkpoint.snapshot checkpoint.restore checkpoint.every checkpoint.writer
+checkpoint.snapshot checkpoint.restore checkpoint.writer
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
@@ -45,17 +49,17 @@ checkpoint.disk
 checkpoint.manifest checkpoint.tensors
 checkpoint.messages
 checkpoint
-distributed.tensor_parallel
-distributed.fsdp
-distributed.ddp
-distributed.group_ranks
-distributed.whole data.shard
-distributed.zero
-distributed.decisions distributed.group distributed.launch
-distributed.failure distributed.repoint
-distributed.environment distributed
+parallel.tensor_parallel
+parallel.fsdp
+parallel.ddp
+parallel.group_ranks
+parallel.whole data.shard
+parallel.zero
+parallel.decisions parallel.group parallel.launch
+parallel.failure parallel.repoint
+parallel.environment parallel
 types modes metrics
-updates
+updates every stop
 state feed
 limits device output functional graphs background
 check checked outcome window interrupt seed position

@@ -10,7 +10,6 @@ from loguru import logger
 
 from loopkit.check import at_least_one, one_of
 from loopkit.checkpoint.disk import is_folder
-from loopkit.checkpoint.every import Every, Interval
 from loopkit.checkpoint.folder import (
     Broken,
     Checkpoint,
@@ -26,6 +25,7 @@ from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving, together
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
+from loopkit.every import Every, Interval
 from loopkit.state import TrainState
 
 
@@ -63,7 +63,7 @@ class Checkpointer:
         mode: `"min"` or `"max"`: whether a low or a high score is good.
         keep_best: How many of the best are kept; counts only with `monitor`.
         keep_last: How many of the last are kept, at least 2; None keeps all.
-        every: How often `wrap` saves: updates (500), time ("10min"), or "epoch".
+        every: How often `wrap` saves, as `lk.every` takes it: 500, "10min", "epoch".
         async_save: Write in the background; otherwise `save` returns when it is on disk.
         options: Rare settings.
 
@@ -98,7 +98,7 @@ class Checkpointer:
 
     def __attrs_post_init__(self) -> None:
         if self.every is not None:
-            Every.of(self.every)
+            self._how_often()
         self._saver = Saver(self.dir, self.options, self._retention())
 
     def _retention(self) -> Retention:
@@ -206,7 +206,11 @@ class Checkpointer:
                 "a Checkpointer that does not say how often",
                 'Checkpointer(dir, every=500), every="10min" or every="epoch"',
             )
-        return Saving(run, Every.of(self.every), self._save_once, self.wait)
+        return Saving(run, self._how_often(), self._save_once, self.wait)
+
+    def _how_often(self) -> Every:
+        assert self.every is not None
+        return Every.of(self.every, f"Checkpointer(dir, every={self.every!r})")
 
     def _is_known(self) -> bool:
         """Whether what is saved goes on from a checkpoint in this folder."""

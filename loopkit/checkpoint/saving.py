@@ -3,8 +3,8 @@
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
-from loopkit.checkpoint.every import Every
 from loopkit.errors import CheckpointError
+from loopkit.every import Every
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.updates import Updates
@@ -50,7 +50,7 @@ def _saved(
     last = None
     for last in run:
         yield last
-        if every.is_due(last):  # after the loop's body, which belongs to the update
+        if every(last):  # after the loop's body, which belongs to the update
             save(last)
     if last is not None:
         save(last)

@@ -1,14 +1,11 @@
 """What users call, and what they are told."""
 
-import datetime
-import itertools
 import math
 import re
 
 import loopkit as lk
 import pytest
 import torch
-from loopkit.checkpoint.every import Every
 from torch import nn
 
 from trainings import STEPS, digest, digest_of, make_batches, make_state, restored, train
@@ -47,7 +44,7 @@ WRONG = {
     "no best to keep": (lambda t: lk.Checkpointer(t, keep_best=0), U, "1 or more"),
     "another mode": (lambda t: lk.Checkpointer(t, mode="higher"), U, "'min' or 'max'"),
     "no interval": (lambda t: lk.Checkpointer(t, every="often"), U, '"10min"'),
-    "half an update": (lambda t: lk.Checkpointer(t, every=0.5), U, "1 or more"),
+    "half an update": (lambda t: lk.Checkpointer(t, every=0.5), U, '"0.5ep"'),
     "never": (lambda t: lk.Checkpointer(t, every=0), U, "1 or more"),
     "no policy": (lambda t: lk.CheckpointOptions(on_error="ignore"), U, "'raise' or 'warn'"),
     "no other policy": (lambda t: lk.CheckpointOptions(when_busy="skip"), U, "'wait' or 'drop'"),
@@ -113,7 +110,14 @@ def test_large_weights_are_finite(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     ("every", "steps"),
-    [(3, [3, 6, 9, 12, 14]), ("epoch", [7, 14]), (100, [14]), ("1h", [14]), (1, [*range(1, 15)])],
+    [
+        (3, [3, 6, 9, 12, 14]),
+        ("epoch", [7, 14]),
+        (100, [14]),
+        ("1h", [14]),
+        (1, [*range(1, 15)]),
+        ("0.25ep", [2, 4, 6, 7, 9, 11, 13, 14]),
+    ],
 )
 def test_wrap_saves_every_so_often_and_at_the_end(tmp_path, every, steps):
     """Every n updates, at epochs' ends, after a time; and at the end of the run."""
@@ -157,17 +161,6 @@ def test_a_break_ends_the_wrapped_run(tmp_path):
     assert checkpoints.latest.step == 4
     assert lk.Checkpointer(tmp_path).restore(state)
     assert state.step == 4
-
-
-def test_times_between_saves(monkeypatch):
-    """Seconds, minutes, hours and timedeltas; the clock starts with the run."""
-    assert Every.of("90s").seconds == 90
-    assert Every.of("1.5h").seconds == 5400
-    assert Every.of(datetime.timedelta(minutes=2)).seconds == 120
-    now = itertools.count(4, 4)
-    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
-    every = Every(seconds=10, since=0.0)
-    assert [every.is_due(make_state()) for _ in range(7)] == [False, False, True] * 2 + [False]
 
 
 def test_sha256_is_written_and_checked(tmp_path):

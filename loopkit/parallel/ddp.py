@@ -1,5 +1,6 @@
 """Data parallel: a replica on each rank, gradients averaged while the backward pass runs."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,12 +12,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loopkit.check import one_of
-from loopkit.distributed.group_ranks import GroupRanks
-from loopkit.distributed.zero import forget_others
 from loopkit.errors import UsageError
+from loopkit.parallel.group_ranks import GroupRanks
+from loopkit.parallel.zero import forget_others
 from loopkit.state import TrainState
 
 HOOKS = ("bf16", "fp16")
+_NEW = "forward_sync_buffers"  # as torch calls it from 2.13 on
+_SYNC_BUFFERS = (
+    _NEW if _NEW in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+)
 
 
 class Whole(nn.Module):
@@ -72,7 +77,7 @@ class DDP:
         find_unused_parameters: For step functions that do not use all parameters each time.
         static_graph: The same parameters are used, in the same way, at each update. Gradients
             are then averaged after each micro-batch.
-        broadcast_buffers: Each forward begins with rank 0's buffers (BatchNorm's statistics).
+        sync_buffers: Each forward begins with rank 0's buffers (BatchNorm's statistics).
         sync_batchnorm: BatchNorm over the batches of all ranks together (on accelerators).
         bucket_cap_mb: Megabytes of gradients that travel together.
         comm_hook: Compress gradients on their way: `"bf16"`, `"fp16"`, or a hook
@@ -89,7 +94,7 @@ class DDP:
 
     find_unused_parameters: bool = False
     static_graph: bool = False
-    broadcast_buffers: bool = True
+    sync_buffers: bool = True
     sync_batchnorm: bool = False
     bucket_cap_mb: float = 25.0
     comm_hook: str | Callable[..., Any] | None = attrs.field(default=None, validator=_check_hook)
@@ -100,12 +105,13 @@ class DDP:
         check_optimizer(state)
         if self.sync_batchnorm:
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
+        buffers: dict[str, Any] = {} if self.sync_buffers else {_SYNC_BUFFERS: False}
         engine = DistributedDataParallel(
             Whole(state.model),
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
-            broadcast_buffers=self.broadcast_buffers,
             bucket_cap_mb=self.bucket_cap_mb,
+            **buffers,
         )
         if self.comm_hook is not None:
             engine.register_comm_hook(None, _hook(self.comm_hook))

@@ -12,13 +12,13 @@ from loopkit.check import one_of, positive
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.data.order import UNEVEN
 from loopkit.data.shard import STREAMS
-from loopkit.distributed.ddp import DDP
-from loopkit.distributed.failure import NameTheFailed
-from loopkit.distributed.fsdp import FSDP
-from loopkit.distributed.group import TIMEOUT_S, join
-from loopkit.distributed.tensor_parallel import TensorParallel
-from loopkit.distributed.zero import UpdateOwnPart
 from loopkit.errors import UsageError
+from loopkit.parallel.ddp import DDP
+from loopkit.parallel.failure import NameTheFailed
+from loopkit.parallel.fsdp import FSDP
+from loopkit.parallel.group import TIMEOUT_S, join
+from loopkit.parallel.tensor_parallel import TensorParallel
+from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 

@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from loopkit.check import at_least_one
-from loopkit.distributed.ddp import check_optimizer
-from loopkit.distributed.fsdp import FSDP
-from loopkit.distributed.group_ranks import GroupRanks, start_equal
-from loopkit.distributed.repoint import names_of, repoint
 from loopkit.errors import UsageError
+from loopkit.parallel.ddp import check_optimizer
+from loopkit.parallel.fsdp import FSDP
+from loopkit.parallel.group_ranks import GroupRanks, start_equal
+from loopkit.parallel.repoint import names_of, repoint
 from loopkit.state import TrainState
 
 

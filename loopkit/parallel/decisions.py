@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loopkit.check import one_of
-from loopkit.distributed.failure import guarded
 from loopkit.errors import UsageError
+from loopkit.parallel.failure import guarded
 
 
 def host_device() -> torch.device:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from loopkit.check import at_least_one, one_of
-from loopkit.distributed.environment import Environment
-from loopkit.distributed.failure import tell
 from loopkit.errors import RankError
+from loopkit.parallel.environment import Environment
+from loopkit.parallel.failure import tell
 
 GRACE_S = 10.0  # how long the others have to end by themselves, once one has failed
 
@@ -54,7 +54,7 @@ def launch(
     started = []
     for rank in range(num_processes):
         given = Environment(rank, num_processes, rank, "127.0.0.1", port)
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = context.Pipe()
         process = context.Process(
             target=_child, args=(theirs, given, threads, main, arguments), daemon=False
         )
@@ -85,6 +85,7 @@ def _child(
     torch.set_num_threads(threads)
     try:
         answer.send((True, main(*arguments)))
+        answer.recv()  # tensors are read from this process's memory: so it stays until they are
     except BaseException as error:  # noqa: BLE001  # whatever it is, the parent has to hear of it
         tell(error)
         secondary = isinstance(error, RankError)
@@ -118,6 +119,7 @@ def _take(
 ) -> None:
     try:
         fine, value = pipe.recv()
+        pipe.send(None)
     except EOFError:
         process.join(5)
         fine, value = False, (False, f"ended with exit code {process.exitcode}")

@@ -7,8 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from loopkit.distributed.environment import environment
-from loopkit.distributed.failure import report_uncaught
+from loopkit.parallel.environment import environment
+from loopkit.parallel.failure import report_uncaught
 
 TIMEOUT_S = 300.0
 

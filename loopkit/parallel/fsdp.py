@@ -20,10 +20,10 @@ from torch.distributed.fsdp import (
 )
 
 from loopkit.check import at_least_one
-from loopkit.distributed.ddp import check_optimizer
-from loopkit.distributed.group_ranks import GroupRanks, start_equal
-from loopkit.distributed.repoint import names_of, repoint
 from loopkit.errors import UsageError
+from loopkit.parallel.ddp import check_optimizer
+from loopkit.parallel.group_ranks import GroupRanks, start_equal
+from loopkit.parallel.repoint import names_of, repoint
 from loopkit.state import TrainState
 
 Blocks = tuple[type[nn.Module] | str, ...] | None

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loopkit.data.shard import sharded
-from loopkit.distributed.decisions import host_device
-from loopkit.distributed.failure import guarded
-from loopkit.distributed.whole import fitted, settle, whole
+from loopkit.parallel.decisions import host_device
+from loopkit.parallel.failure import guarded
+from loopkit.parallel.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 

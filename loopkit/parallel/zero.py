@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loopkit.distributed.failure import guarded
+from loopkit.parallel.failure import guarded
 from loopkit.state import TrainState
 from loopkit.types import Apply, Recompute
 

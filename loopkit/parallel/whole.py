@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from loopkit.distributed.repoint import like
-from loopkit.distributed.zero import forget_others, gathered
 from loopkit.nested import map_tensors
+from loopkit.parallel.repoint import like
+from loopkit.parallel.zero import forget_others, gathered
 from loopkit.state import TrainState
 
 

@@ -1,0 +1,87 @@
+"""When one rank fails, the others end soon and name it."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TIMEOUT_S = 15
+SCRIPT = Path(__file__).parent / "failing.py"
+MOST_S = {"raises": 10, "is killed": 10, "exits": 10, "stops": TIMEOUT_S + 10}
+SLOW = float(os.environ.get("LOOPKIT_SLOW", "3"))  # how much slower than promised a machine may be
+
+
+def ranks(kind, port):
+    """Two bare processes, without an agent that would end one for the other's failure."""
+    for rank in range(2):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", str(SCRIPT), kind, str(TIMEOUT_S)]
+        yield subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+
+def torchrun(kind, port, *extra):
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2",
+        f"--master-port={port}", "--monitor-interval=0.2", *extra,
+        str(SCRIPT), kind, str(TIMEOUT_S),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("kind", MOST_S)
+def test_the_other_rank_ends_and_names_the_failed_one(kind, free_port, record_property):
+    """An error, a kill, an exit or a stop of rank 1 ends rank 0 in bounded time, with its name."""
+    first, second = ranks(kind, free_port)
+    try:
+        output, _ = first.communicate(timeout=120)
+    finally:
+        first.kill()
+        second.kill()
+        others, _ = second.communicate()
+    seconds = float(re.search(r"rank 0 ended at ([\d.]+)", output)[1])
+    seconds -= float(re.search(r"fault at ([\d.]+)", others)[1])
+    record_property("seconds", f"{seconds:.1f}")
+    print(f"{kind}: rank 0 ended {seconds:.1f} s after the fault")
+    assert first.returncode != 0
+    assert seconds < MOST_S[kind] * SLOW
+    assert re.search(r"RankError.*rank 1", output, re.DOTALL), output[-3000:]
+    if kind == "raises":
+        assert "rank 1 failed: ValueError: the label 7 is not there" in output
+
+
+@pytest.mark.timeout(200)
+def test_ranks_with_unequal_data_all_end(free_port):
+    """Shares of 6 and 5 batches: the shorter rank goes on with weight 0, and nobody hangs."""
+    _, output = torchrun("runs dry", free_port)
+    assert output.count("made 6 updates") == 2, output[-3000:]
+
+
+@pytest.mark.timeout(200)
+def test_torchrun_restarts_what_failed_and_it_goes_on(free_port, tmp_path, monkeypatch):
+    """With --max-restarts a killed rank costs what was not saved: both end at the same step."""
+    monkeypatch.setenv("FAILING_FOLDER", str(tmp_path))
+    code, output = torchrun("is killed once", free_port, "--max-restarts=1")
+    assert code == 0, output[-3000:]
+    assert output.count("restored step") == 2
+    assert output.count("made 12 updates") == 2
