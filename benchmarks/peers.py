@@ -607,14 +607,15 @@ def _once(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the overhead for each micro-batch, on a logarithmic scale."""
+    """Bars of the overhead for each micro-batch, on a logarithmic scale; below 1 us no bar."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     panels = [(t, m) for t in TASKS for m in ("plain", "full")]
-    panels = [p for p in panels if any((r["task"], r["mode"]) == p for r in rows)]
+    there = {(r["task"], r["mode"]) for r in rows if r["peer"] != "by hand"}
+    panels = [p for p in panels if p in there]
     shape = (max(1, len(panels) // 2), 2)
     drawn, axes = plt.subplots(*shape, figsize=(11, 3.1 * shape[0]), squeeze=False)
     for axis, (task, mode) in zip(axes.flat, panels, strict=False):
