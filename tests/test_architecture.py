@@ -40,6 +40,7 @@ evaluate
 data.lengths data.collate
 decorators parallel.decorator
 compose
+compiled
 step
 setup places
 feature
@@ -67,7 +68,11 @@ parallel.environment parallel
 types modes metrics averages
 updates every stop
 state feed
+<<<<<<< HEAD
 limits device output opening
+=======
+limits device output functional graphs background
+>>>>>>> speed
 check checked outcome window interrupt seed position
 nested plain extras rng counting norms data.order data.samples data.watch ranks
 errors exact data.epoch data
