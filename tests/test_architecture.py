@@ -68,11 +68,7 @@ parallel.environment parallel
 types modes metrics averages
 updates every stop
 state feed
-<<<<<<< HEAD
-limits device output opening
-=======
-limits device output functional graphs background
->>>>>>> speed
+limits device output opening functional graphs background
 check checked outcome window interrupt seed position
 nested plain extras rng counting norms data.order data.samples data.watch ranks
 errors exact data.epoch data
