@@ -91,6 +91,9 @@ class Ranks:
     def settle(self, state: Any) -> None:
         """What follows loading a state dict."""
 
+    def updated(self) -> None:
+        """What follows each update."""
+
     def begin_evaluation(self, model: torch.nn.Module) -> None:
         """Make what only one rank's copy has right the same on all: buffers."""
 

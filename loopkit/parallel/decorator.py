@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from loopkit.check import one_of, positive
@@ -46,9 +47,11 @@ class Parallelize:
 
     def __call__(self, state: TrainState) -> None:
         """Spread the state over the ranks, if there are several."""
+        started = not dist.is_initialized()
         if join(self.timeout_s):
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
             if state.restored_rng is not None:
                 state.take_rng()
@@ -158,7 +161,8 @@ def distributed(
             with weight 0, `"drop"` leaves the round out, `"pad"` repeats batches.
         stream: For data without numbered samples: `"split"`, each rank reads it all and keeps
             its part, or `"sharded"`, it differs on each rank already.
-        timeout_s: Seconds that a rank waits for another before it gives up.
+        timeout_s: Seconds that a rank waits for another before it gives up; until the first
+            update ten minutes at least. A process group of your own keeps its timeout.
 
     Raises:
         UsageError: For a strategy that it does not know.

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from loopkit.data.shard import sharded
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
+from loopkit.parallel.group import wait_at_most
 from loopkit.parallel.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
@@ -28,11 +29,13 @@ class GroupRanks(Ranks):
         group: Those among which data is spread; None for all.
         uneven: What ranks do that run out of data before others; see `sharded`.
         stream: How data is shared out that has no numbered samples.
+        timeout_s: After the first update, how long a rank waits for another.
     """
 
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
+    timeout_s: float | None = None
     _shared: list[tuple[Any, str, Any]] = attrs.field(factory=list)
 
     @property
@@ -92,6 +95,12 @@ class GroupRanks(Ranks):
         if not self.shards_tensors:
             return tensors
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def updated(self) -> None:
+        """After the first update there is less to wait for."""
+        if self.timeout_s is not None:
+            wait_at_most(self.timeout_s, {None, self.group})
+            self.timeout_s = None
 
     def whole(self, state: TrainState) -> Any:
         """`state.state_dict()` as of one process, on the first rank; None on the others."""
