@@ -165,7 +165,7 @@ def _outputs(
             if type(batch) is Uneven:
                 batch, filler = batch.batch, batch.filler  # noqa: PLW2901
             with context(), step.around(state, True):
-                output = step.forward(state, batch)
+                output = state.ranks.forward(step.forward, state, batch)
             yield batch, output, filler
             if state.preemption is not None:  # on all ranks alike, after each round
                 state.preemption.poll()

@@ -172,7 +172,8 @@ class Checkpointer:
     def ensure(self, state: TrainState) -> bool:
         """Have a state on disk when this returns: save it, unless that is done, and wait.
 
-        An earlier save that failed is no reason not to try this one.
+        An earlier save that failed is no reason not to try this one. Of several ranks all have
+        to call it.
 
         Raises:
             CheckpointError: If it could not be saved, and `options` do not say to go on.
@@ -181,7 +182,8 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             logger.warning("{}", error)
-        if self._saved_step == state.step and not self.failures:
+        done = self._saved_step == state.step and not self.failures
+        if not state.ranks.agree(not done):  # the first rank alone knows of a save that failed
             return True
         return self.save(state) and self.wait()
 

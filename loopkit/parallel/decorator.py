@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -18,13 +18,22 @@ from loopkit.parallel.ddp import DDP
 from loopkit.parallel.failure import NameTheFailed
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
-from loopkit.parallel.tensor_parallel import TensorParallel
+from loopkit.parallel.group_ranks import GroupRanks
 from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.rng import seed_apart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
-Strategy = DDP | FSDP | TensorParallel
+
+@runtime_checkable
+class Strategy(Protocol):
+    """What spreads a state over the ranks of the process group; one of one's own can be given."""
+
+    def set_up(self, state: TrainState) -> GroupRanks:
+        """Spread the state, in place; how its ranks work together from then on."""
+        ...
+
+
 NAMED: Mapping[str, Strategy] = {
     "auto": DDP(),
     "ddp": DDP(),
@@ -156,7 +165,8 @@ def distributed(
 
     Args:
         strategy: `"ddp"` (`"auto"`), `"fsdp"`, `"hsdp"`, `"zero1"`, `"zero2"`, `"zero3"`; or one
-            with settings: `lk.DDP(...)`, `lk.FSDP(...)`, `lk.TensorParallel(plan, ...)`.
+            with settings: `lk.DDP(...)`, `lk.FSDP(...)`, `lk.TensorParallel(plan, ...)`; or your
+            own, with `set_up(state)` that returns a `loopkit.parallel.group_ranks.GroupRanks`.
         uneven: For ranks that run out of batches in the last round: `"exact"` has them take part
             with weight 0, `"drop"` leaves the round out, `"pad"` repeats batches.
         stream: For data without numbered samples: `"split"`, each rank reads it all and keeps
@@ -177,7 +187,7 @@ def distributed(
     name = f"distributed({strategy!r})" if strategy != "auto" else "distributed()"
     if isinstance(strategy, str):
         chosen = NAMED[one_of(name, "strategy", strategy, (*NAMED,))]
-    elif isinstance(strategy, Strategy):
+    elif isinstance(strategy, Strategy) and not callable(strategy):  # a step has set_up as well
         chosen = strategy
     else:
         raise UsageError(
