@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR
 
 from loopkit.checked import check_model, check_optimizer
 from loopkit.errors import CompositionError, UsageError
@@ -331,8 +332,10 @@ class TrainState:
         branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
-        if branch.optimizer is not None:
-            # A torch scheduler puts a wrapper of the first optimizer's `step` on the instance
-            # (torch.optim.lr_scheduler, patch_track_step_called); the copy must step itself.
+        if branch.optimizer is not None and "step" in vars(self.optimizer):
+            # By a wrapper of `step` on the instance a torch scheduler knows that it was called
+            # (torch.optim.lr_scheduler, patch_track_step_called). The copy needs one of its
+            # own, or its schedulers warn; any new one puts it there, and this changes no value.
             vars(branch.optimizer).pop("step", None)
+            ConstantLR(branch.optimizer, factor=1.0)
         return branch
