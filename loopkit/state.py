@@ -36,7 +36,8 @@ class TrainState:
         optimizer: Over the model's parameters, or some of them. May be left out
             where the state is only evaluated.
         **extras: Things of your own that travel with the state, in `state.extras`.
-            What has `state_dict`, or is plain data, is part of a checkpoint.
+            What has `state_dict`, or is plain data (numbers, text, tensors, arrays, and
+            containers of those), is part of a checkpoint.
 
     Attributes:
         step: Updates so far, one for each call of a step, skipped ones included.
@@ -291,9 +292,9 @@ class TrainState:
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
         self.data, self.position = None, Position(**copy.deepcopy(dict(state_dict["data"])))
-        pending = copy.deepcopy(dict(state_dict["features"]))
-        restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
-        self.pending = pending
+        waiting = dict(state_dict["features"])
+        restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
+        self.pending = copy.deepcopy(waiting)
         restore(self.extras, state_dict["extras"])
         self.ranks.settle(self)
         self.restored_rng = state_dict["rng"].get("ranks") or [state_dict["rng"]]
