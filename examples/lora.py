@@ -132,8 +132,7 @@ def main(runs: Path) -> tuple[float, float]:
     with lk.Checkpointer(runs / "checkpoints", every="epoch") as checkpoints:
         checkpoints.restore(state)
         run = lk.run(train_step, state, training, max_epochs=EPOCHS)
-        for _ in lk.progress(checkpoints.wrap(run)):
-            pass
+        lk.progress(checkpoints.wrap(run)).finish()
     trained, _, after = embed(state, test)
 
     before, after = before.float().mean().item(), after.float().mean().item()

@@ -147,8 +147,8 @@ def every(interval: Interval, *, first: bool = False) -> Every:
     So asking twice gives one answer, one `every` serves any number of states, and a
     resumed run is answered as the first would have been. Time is no such function: it counts
     from when `every` was called, then from when it was last true, so that a resumed run
-    counts anew. Who looks at a state less often than after each update, as a loop that yields
-    every 16th does, says when that was last: `due(state, since=moment)`. Several ranks agree on it in a small exchange, so all of them have to ask.
+    counts anew. Several ranks agree on it in a small exchange, so all of them have to ask.
+    Who looks less often than after each update says when that was last: `due(state, since)`.
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)

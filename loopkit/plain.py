@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 
-
 NUMPY_DTYPES = {f"{kind}int{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)}
 NUMPY_DTYPES |= {"bool", "float16", "float32", "float64", "complex64", "complex128"}
 

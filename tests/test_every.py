@@ -82,13 +82,13 @@ def test_parts_of_epochs_are_counted_exactly(numerator, denominator, size, batch
 def sparse(step, state, by, **limits):
     """A generator of one's own: it yields after every `by`-th update, and at the end."""
     run = lk.run(step, state, make_batches(8), **limits)
-    for state in run:
-        if state.step % by == 0 or state.step == run.total_steps:
-            yield state
+    for updated in run:
+        if updated.step % by == 0 or updated.step == run.total_steps:
+            yield updated
 
 
-@pytest.mark.parametrize("interval", [5, 1, 50, "epoch", "2ep", "0.25ep", "0.3ep", "37 samples"])
-@pytest.mark.parametrize("by", [1, 7, 16])
+@pytest.mark.parametrize("interval", [5, 50, "2ep", "0.3ep", "37 samples"])
+@pytest.mark.parametrize("by", [7, 16])
 @pytest.mark.parametrize("cut", [0, 21])
 @pytest.mark.parametrize("with_run", [False, True])
 def test_a_save_is_due_when_a_multiple_lies_among_the_updates_of_a_look(
@@ -100,7 +100,7 @@ def test_a_save_is_due_when_a_multiple_lies_among_the_updates_of_a_look(
     be saved once more then, where the iterator does not say which state it will yield.
     """
     cut = cut // by * by
-    units = {"epoch": 8, "2ep": 16, "0.25ep": 2, "0.3ep": Fraction(24, 10)}
+    units = {"2ep": 16, "0.3ep": Fraction(24, 10)}
     size = units.get(interval, Fraction(37, 5) if interval == "37 samples" else interval)
     looks = sorted({*range(by, 41, by), 40})
     wanted = [n for o, n in itertools.pairwise([0, *looks]) if n // size > o // size]
@@ -124,7 +124,7 @@ def test_a_save_is_due_when_a_multiple_lies_among_the_updates_of_a_look(
                 pass
     extra = {*found} - {*wanted, cut, 40}
     assert sorted({*found} - extra) == sorted({*wanted, cut, 40} - {0})
-    if not with_run and cut and interval in {"0.25ep", "0.3ep"}:
+    if not with_run and cut and interval == "0.3ep":
         assert extra <= {next(look for look in looks if look > cut)}
     else:
         assert not extra
