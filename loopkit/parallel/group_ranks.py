@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loopkit.data.shard import sharded
+from loopkit.data.shard import is_shared_out, sharded
+from loopkit.limits import batch_limit
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
 from loopkit.parallel.whole import fitted, settle, whole
@@ -31,7 +32,7 @@ class GroupRanks(Ranks):
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
-    _shared: tuple[Any, str, Any] = (None, "", None)
+    _shared: tuple[Any, Any] = (None, None)
 
     @property
     def alone(self) -> bool:
@@ -57,16 +58,27 @@ class GroupRanks(Ranks):
         """The largest number of any rank, so true on all where it is on any; waits for all."""
         return int(self.largest(torch.tensor(float(flag), device=host_device())))
 
-    def share(self, data: Any, uneven: str | None = None) -> Any:
+    def share(self, data: Any) -> Any:
         """This rank's part of some data: of its batches every `size`-th."""
-        how = uneven or self.uneven
-        if self._shared[0] is not data or self._shared[1] != how:
-            part = sharded(
-                data, self.rank, self.size, how,
-                stream=self.stream, count=self._count, share_start=self.from_first,
-            )  # fmt: skip
-            self._shared = (data, how, part)
-        return self._shared[2]  # the same part for the same data, which a run goes on with
+        if self._shared[0] is not data:
+            self._shared = (data, self._part(data, self.uneven))
+        return self._shared[1]  # the same part for the same data, which a run goes on with
+
+    def share_once(self, data: Any, limit_batches: float | None = None) -> Any:
+        """The same, by itself and with fillers; of the first batches of all ranks."""
+        if limit_batches is None:
+            return self._part(data, "exact")
+        first = batch_limit(data, limit_batches)
+        if is_shared_out(data, self.stream):  # its length is that of this rank's own part
+            whole = isinstance(limit_batches, int)
+            first = int(limit_batches) if whole else first and first * self.size
+        return self._part(data, "exact", first or None)
+
+    def _part(self, data: Any, uneven: str, first: int | None = None) -> Any:
+        return sharded(
+            data, self.rank, self.size, uneven,
+            first=first, stream=self.stream, count=self._count, share_start=self.from_first,
+        )  # fmt: skip
 
     def _count(self, flag: bool) -> int:
         return int(self.sum(torch.tensor(float(flag), device=host_device())))
