@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import attrs
+from loguru import logger
 
 from loopkit.compose import train_step
 from loopkit.errors import DataError, UsageError
@@ -63,6 +64,8 @@ class Loop:
         deadline = time.monotonic() + (self.limits.seconds or math.inf)
         timed = self.limits.seconds is not None
         self._start()
+        if self._ended() and state.ranks.is_first:
+            logger.info("{} has come to the end of its run: no update is left to do", state)
         with Interruptible() as interrupt:
             while not self._ended() and not (timed and self._is_over(deadline)):
                 before = state.step
