@@ -32,6 +32,9 @@ class CheckpointOptions:
         sha256: Write sha256 beside crc32 and check it. Whoever can change the files can
             change their checksums: keep the manifest's own elsewhere if that matters.
         allow_nonfinite: Save parameters that are not finite, too.
+        frozen: Save parameters that do not require gradients, too. Without them a checkpoint of
+            adapters is small; it restores into a model with the very same ones frozen, which
+            keep the values that they have there: those that it was pretrained with.
         disk: What writes; for other kinds of storage, and for tests.
 
     Raises:
@@ -47,4 +50,5 @@ class CheckpointOptions:
     when_busy: str = attrs.field(default="wait", validator=_one_of("wait", "drop"))
     sha256: bool = False
     allow_nonfinite: bool = False
+    frozen: bool = True
     disk: Disk = attrs.field(factory=Disk, repr=False)

@@ -64,8 +64,8 @@ class Saver:
             _tell_unsaved(lost)
         try:
             self._claim(state, known=known)
-            allowed = self.options.allow_nonfinite
-            taken = take(state, whole(), scores, self._buffers, allow_nonfinite=allowed)
+            kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
+            taken = take(state, whole(), scores, self._buffers, **kinds)
         except OSError as error:
             self._fail(error)
             return False
