@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+from loopkit.averages import ema_weights
+from loopkit.background import Background, background
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
+from loopkit.decorators.activations import with_activation_checkpointing, with_activation_offload
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
 from loopkit.decorators.clip import with_clip, with_clip_value
 from loopkit.decorators.closure import with_closure
-from loopkit.decorators.ema import ema_weights, with_ema
+from loopkit.decorators.ema import with_ema
+from loopkit.decorators.freeze import with_freeze
+from loopkit.decorators.in_backward import with_optimizer_in_backward
+from loopkit.decorators.microbatch import with_microbatch
+from loopkit.decorators.noise import with_grad_noise, with_neftune
 from loopkit.decorators.nonfinite import with_nonfinite
+from loopkit.decorators.precision import with_precision
+from loopkit.decorators.sam import with_sam
 from loopkit.decorators.schedule import with_schedule
+from loopkit.decorators.swa import update_bn, with_swa
 from loopkit.device import device, prefetch, to_device
 from loopkit.errors import (
     CheckpointError,
@@ -79,6 +89,8 @@ if TYPE_CHECKING:
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
     from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
+    from loopkit.decorators.compile import with_compile
+    from loopkit.graphs import CompileWarning
     from loopkit.observe.console import Console
     from loopkit.observe.files import CSV, JSONL
     from loopkit.observe.log import Log
@@ -119,6 +131,8 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
+    "loopkit.decorators.compile": ("with_compile",),
+    "loopkit.graphs": ("CompileWarning",),
     "loopkit.checkpoint.checkpointer": ("Checkpointer",),
     "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
@@ -190,6 +204,7 @@ __all__ = [
     "JSONL",
     "Apply",
     "Around",
+    "Background",
     "Backward",
     "Checkpoint",
     "CheckpointError",
@@ -197,6 +212,7 @@ __all__ = [
     "CheckpointWarning",
     "Checkpointer",
     "CombinedOptimizer",
+    "CompileWarning",
     "CompositionError",
     "Console",
     "DamageError",
@@ -243,6 +259,7 @@ __all__ = [
     "WindowSize",
     "adaptor",
     "agree",
+    "background",
     "bar",
     "compose",
     "configure_optimizer",
@@ -292,17 +309,29 @@ __all__ = [
     "throughput",
     "to_device",
     "train_step",
+    "update_bn",
     "warmup",
     "windows",
+    "with_activation_checkpointing",
+    "with_activation_offload",
     "with_amp",
     "with_anomaly_detection",
     "with_clip",
     "with_clip_value",
     "with_closure",
+    "with_compile",
     "with_ema",
+    "with_freeze",
     "with_grad_accum",
+    "with_grad_noise",
+    "with_microbatch",
+    "with_neftune",
     "with_nonfinite",
+    "with_optimizer_in_backward",
+    "with_precision",
+    "with_sam",
     "with_schedule",
+    "with_swa",
     "wrap",
     "wsd",
 ]

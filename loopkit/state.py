@@ -209,7 +209,7 @@ class TrainState:
         checkpoint never holds the others in their place.
 
         Args:
-            weights: By parameter name; parameters that are not named stay.
+            weights: By name of parameter or buffer; what is not named stays.
         """
         if self._own is not None:
             raise CompositionError(
@@ -217,7 +217,7 @@ class TrainState:
                 "weights that are swapped in already",
                 "one swap at a time",
             )
-        mine = {n: p for n, p in self.model.named_parameters() if n in weights}
+        mine = {name: t for name, t in _named_tensors(self.model) if name in weights}
         with torch.no_grad():
             self._own = {name: parameter.detach().clone() for name, parameter in mine.items()}
             try:
@@ -251,8 +251,8 @@ class TrainState:
     def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that others are swapped in for, under each name: tied ones have several."""
         if self._own is not None:
-            first = {id(p): name for name, p in self.model.named_parameters()}
-            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = {id(p): name for name, p in _named_tensors(self.model)}
+            for name, parameter in _named_tensors(self.model, once=False):
                 if first[id(parameter)] in self._own:
                     yield name, self._own[first[id(parameter)]]
 
@@ -320,6 +320,12 @@ class TrainState:
             >>> branch.model is model, torch.equal(branch.model.weight, model.weight)
             (False, True)
         """
+        if self.ranks.shards_tensors:
+            raise CompositionError(
+                "state.snapshot() of a state that is spread over ranks",
+                "parameters of which each rank holds a part; torch does not copy such modules",
+                "checkpoints.save(state), and restore into a state made anew",
+            )
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
         branch.window, branch.output, branch.graph, branch.attached, branch.votes = (
@@ -340,3 +346,8 @@ class TrainState:
             vars(branch.optimizer).pop("step", None)
             ConstantLR(branch.optimizer, factor=1.0)
         return branch
+
+
+def _named_tensors(model: nn.Module, once: bool = True) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=once)
+    yield from model.named_buffers(remove_duplicate=once)

@@ -18,6 +18,8 @@ from loopkit.parallel.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
+REMEMBERED = 8  # data whose parts are kept: those of a training, and of its evaluations
+
 
 @attrs.define(eq=False, kw_only=True)
 class GroupRanks(Ranks):
@@ -32,7 +34,7 @@ class GroupRanks(Ranks):
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
-    _shared: tuple[Any, Any] = (None, None)
+    _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
 
     @property
     def alone(self) -> bool:
@@ -60,9 +62,12 @@ class GroupRanks(Ranks):
 
     def share(self, data: Any) -> Any:
         """This rank's part of some data: of its batches every `size`-th."""
-        if self._shared[0] is not data:
-            self._shared = (data, self._part(data, self.uneven))
-        return self._shared[1]  # the same part for the same data, which a run goes on with
+        for known, part in self._shared:
+            if known is data:
+                return part  # the same for the same data, which a run goes on with
+        part = self._part(data, self.uneven)
+        self._shared = [(data, part), *self._shared[: REMEMBERED - 1]]
+        return part
 
     def share_once(self, data: Any, limit_batches: float | None = None) -> Any:
         """The same, by itself and with fillers; of the first batches of all ranks."""
