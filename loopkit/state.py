@@ -328,13 +328,8 @@ class TrainState:
             )
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
-        branch.window, branch.output, branch.graph, branch.attached, branch.votes = (
-            ((), 0),
-            None,
-            None,
-            {},
-            [],
-        )
+        branch.window, branch.output, branch.graph = ((), 0), None, None
+        branch.attached, branch.votes = {}, []
         branch.ranks = ALONE  # what spreads it holds this model: the branch is spread anew
         branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):

@@ -140,10 +140,9 @@ class Agreed(Iterator[Any]):
 
     def __init__(self, part: Own, batches: Iterator[Any], first: list[Any]) -> None:
         self._part, self._read, self._first = part, batches, first
-        share, end = part.share, None
-        if share.first is not None:  # of those this rank's: numbers rank, rank + world...
-            end = len(range(share.rank, share.first, share.world))
-        self._batches = itertools.islice(batches, end)
+        rank, world, first_of_all = part.share.rank, part.share.world, part.share.first
+        own = None if first_of_all is None else len(range(rank, first_of_all, world))
+        self._batches = itertools.islice(batches, own)
         self._repeats: Iterator[Any] = iter(())
 
     def __next__(self) -> Any:
