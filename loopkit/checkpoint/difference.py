@@ -10,7 +10,7 @@ from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded
 from loopkit.errors import CheckpointError
-from loopkit.plain import is_stateful
+from loopkit.plain import is_plain, is_stateful
 from loopkit.state import TrainState
 
 SHOWN = 5  # of a list of names; the rest is counted
@@ -65,6 +65,7 @@ def differences(state: TrainState, manifest: Manifest, loaded: Loaded) -> Differ
     """Compare a state with what a checkpoint holds; nothing is changed."""
     fatal = [
         *_class_differences(state, manifest),
+        *_extras_differences(state, loaded),
         *_frozen_differences(state, loaded),
         *_model_differences(state.model.state_dict(), completed(state, loaded)),
         *_parameter_differences(parameter_names(state), loaded),
@@ -95,6 +96,15 @@ def _frozen_differences(state: TrainState, loaded: Loaded) -> Iterator[str]:
         yield f"model: {shown(gone)} left out of the checkpoint as frozen, not in the state"
     if trained := [name for name in loaded.frozen if name in weights and name not in frozen]:
         yield f"model: {shown(trained)} left out of the checkpoint as frozen, trained in the state"
+
+
+def _extras_differences(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    """Plain data that the state would keep as it is, where all else goes back."""
+    if state.optimizer is None:
+        return
+    here = {n for n, value in state.extras.items() if is_plain(value) and not is_stateful(value)}
+    for name in sorted(here - loaded.state["extras"].keys()):
+        yield f"extras.{name}: in the state, not in the checkpoint"
 
 
 def _model_differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
