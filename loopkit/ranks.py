@@ -48,8 +48,12 @@ class Ranks:
         """The largest on any rank, in place."""
         return tensor
 
-    def share(self, data: Any, uneven: str | None = None) -> Any:  # noqa: ARG002
-        """This rank's part of some data."""
+    def share(self, data: Any) -> Any:
+        """This rank's part of some data, for a run: the same one each time."""
+        return data
+
+    def share_once(self, data: Any, limit_batches: float | None = None) -> Any:  # noqa: ARG002
+        """This rank's part of some data, to be read by itself; of all ranks' first batches."""
         return data
 
     def agree(self, flag: int) -> int:
