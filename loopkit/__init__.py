@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+from loopkit.averages import ema_weights
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
 from loopkit.data.shard import sharded
 from loopkit.decorators.accumulate import with_grad_accum
+from loopkit.decorators.activations import with_activation_checkpointing, with_activation_offload
 from loopkit.decorators.amp import with_amp
 from loopkit.decorators.anomaly import with_anomaly_detection
 from loopkit.decorators.clip import with_clip, with_clip_value
 from loopkit.decorators.closure import with_closure
-from loopkit.decorators.ema import ema_weights, with_ema
+from loopkit.decorators.ema import with_ema
+from loopkit.decorators.freeze import with_freeze
+from loopkit.decorators.in_backward import with_optimizer_in_backward
+from loopkit.decorators.microbatch import with_microbatch
+from loopkit.decorators.noise import with_grad_noise, with_neftune
 from loopkit.decorators.nonfinite import with_nonfinite
+from loopkit.decorators.precision import with_precision
+from loopkit.decorators.sam import with_sam
 from loopkit.decorators.schedule import with_schedule
+from loopkit.decorators.swa import update_bn, with_swa
 from loopkit.device import device, prefetch, to_device
 from loopkit.errors import (
     CheckpointError,
@@ -292,17 +301,28 @@ __all__ = [
     "throughput",
     "to_device",
     "train_step",
+    "update_bn",
     "warmup",
     "windows",
+    "with_activation_checkpointing",
+    "with_activation_offload",
     "with_amp",
     "with_anomaly_detection",
     "with_clip",
     "with_clip_value",
     "with_closure",
     "with_ema",
+    "with_freeze",
     "with_grad_accum",
+    "with_grad_noise",
+    "with_microbatch",
+    "with_neftune",
     "with_nonfinite",
+    "with_optimizer_in_backward",
+    "with_precision",
+    "with_sam",
     "with_schedule",
+    "with_swa",
     "wrap",
     "wsd",
 ]

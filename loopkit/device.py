@@ -1,6 +1,7 @@
 """Devices: choosing one, and moving batches to it."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,17 @@ from loopkit.errors import UsageError
 from loopkit.nested import map_tensors
 
 
-def device(name: str = "auto") -> torch.device:
+def device(name: str | Sequence[str] = "auto") -> torch.device:
     """The device to train on: the machine's accelerator if it has one, else the CPU.
 
     Args:
-        name: `"auto"`, or what `torch.device` takes: `"cpu"`, `"cuda:1"`, `"mps"`, `"xpu"`.
+        name: `"auto"`, or what `torch.device` takes: `"cpu"`, `"cuda:1"`, `"mps"`, `"xpu"`. Or
+            a list of those, of which this process gets the one at its place: torchrun says
+            which (`LOCAL_RANK`), and without it that is the first.
 
     Raises:
-        UsageError: For a name that torch does not know, or a device that is not there.
+        UsageError: For a name that torch does not know, or a device that is not there; for a
+            list with fewer devices than torchrun has started processes.
 
     Example:
         >>> device("cpu")
@@ -25,6 +29,8 @@ def device(name: str = "auto") -> torch.device:
 
     Source: https://docs.pytorch.org/docs/stable/accelerator.html
     """
+    if not isinstance(name, str):
+        name = _own_of(name)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -40,6 +46,17 @@ def device(name: str = "auto") -> torch.device:
             'lk.device("auto"), or the name of a device that is there',
         )
     return wanted
+
+
+def _own_of(names: Sequence[str]) -> str:
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not isinstance(names, Sequence) or rank >= len(names):
+        raise UsageError(
+            f"lk.device({names!r})",
+            f"no device for the process of LOCAL_RANK {rank}",
+            "a list with a device for each process: torchrun --nproc-per-node 2 for two",
+        )
+    return names[rank]
 
 
 def _parsed(name: str) -> torch.device:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from loopkit.position import generators_of
 from loopkit.rng import rng_state, set_rng_state
@@ -50,3 +51,33 @@ def untouched_rng(device: torch.device, loaders: Iterable[Any] = ()) -> Iterator
         set_rng_state(before, device)
         for generator, state in generators:
             generator.set_state(state)
+
+
+@contextmanager
+def scratch_statistics(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Let BatchNorms write their running statistics to copies, which are thrown away.
+
+    For forward passes that are not the training's own: what is computed again, or at
+    other weights. The buffers are replaced, not copied back: autograd may have saved them.
+
+    Args:
+        model: Whose BatchNorms (and other norms with running statistics).
+
+    Returns:
+        The norms with running statistics, by name.
+    """
+    norms: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+    }
+    own = {module: dict(module._buffers) for module in norms.values()}  # noqa: SLF001
+    try:
+        for module, buffers in own.items():
+            for name, buffer in buffers.items():
+                setattr(module, name, None if buffer is None else buffer.clone())
+        yield norms
+    finally:
+        for module, buffers in own.items():
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)

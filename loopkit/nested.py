@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 from torch import Tensor
+
+from loopkit.errors import DataError
 
 Leaf = Callable[[Any], Any]
 
@@ -24,12 +27,17 @@ def map_tensors(function: Leaf, tree: Any) -> Any:
     """
     if isinstance(tree, Tensor) or _moves_itself(tree):
         return function(tree)
+    return _map_container(functools.partial(map_tensors, function), tree)
+
+
+def _map_container(inside: Leaf, tree: Any) -> Any:
+    """Apply `inside` to what a container holds; what is none is returned as it is."""
     if isinstance(tree, list | tuple):
-        return _map_sequence(function, tree)
+        return _map_sequence(inside, tree)
     if isinstance(tree, Mapping):
-        return _map_mapping(function, tree)
+        return _map_mapping(inside, tree)
     if names := _field_names(tree):
-        return _map_fields(function, tree, names)
+        return _map_fields(inside, tree, names)
     return tree
 
 
@@ -37,8 +45,8 @@ def _moves_itself(tree: Any) -> bool:
     return callable(getattr(type(tree), "to", None))  # of the type: a field may be called so
 
 
-def _map_sequence(function: Leaf, tree: Any) -> Any:
-    mapped = [map_tensors(function, item) for item in tree]
+def _map_sequence(inside: Leaf, tree: Any) -> Any:
+    mapped = [inside(item) for item in tree]
     if hasattr(tree, "_fields"):
         return type(tree)(*mapped)
     if isinstance(tree, tuple):
@@ -48,8 +56,8 @@ def _map_sequence(function: Leaf, tree: Any) -> Any:
     return result
 
 
-def _map_mapping(function: Leaf, tree: Mapping[Any, Any]) -> Any:
-    mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+def _map_mapping(inside: Leaf, tree: Mapping[Any, Any]) -> Any:
+    mapped = {key: inside(value) for key, value in tree.items()}
     if not hasattr(tree, "__setitem__"):
         return type(tree)(mapped)  # type: ignore[call-arg]
     result = copy.copy(tree)  # keeps what the type adds, such as a default factory
@@ -58,10 +66,10 @@ def _map_mapping(function: Leaf, tree: Mapping[Any, Any]) -> Any:
     return result
 
 
-def _map_fields(function: Leaf, tree: Any, names: tuple[str, ...]) -> Any:
+def _map_fields(inside: Leaf, tree: Any, names: tuple[str, ...]) -> Any:
     result = copy.copy(tree)
     for name in names:  # object.__setattr__: the user's class may be frozen, the copy is ours
-        object.__setattr__(result, name, map_tensors(function, getattr(tree, name)))
+        object.__setattr__(result, name, inside(getattr(tree, name)))
     return result
 
 
@@ -119,3 +127,42 @@ def batch_size(batch: Any) -> int:
         return len(batch)
     except TypeError:  # a number, or a tensor without a dimension
         return 1
+
+
+def rows_of(tree: Any, start: int, stop: int, total: int) -> Any:
+    """The samples from `start` to `stop` of a batch of `total`, every container in its own type.
+
+    Tensors and arrays are cut along their first dimension, and so are plain sequences (of
+    text, of numbers) with an item for each sample. Numbers, text and 0-d tensors stay.
+
+    Raises:
+        DataError: For what cannot be cut.
+
+    Example:
+        >>> rows_of({"x": [1, 2, 3], "y": ("a", "b", "c"), "z": 7}, 1, 3, 3)
+        {'x': [2, 3], 'y': ('b', 'c'), 'z': 7}
+    """
+    shape = getattr(tree, "shape", None)
+    if isinstance(shape, tuple):
+        if shape and shape[0] != total:
+            _refuse_to_cut(f"{type(tree).__name__} of shape {[*shape]}", total)
+        return tree[start:stop] if shape else tree
+    if isinstance(tree, list | tuple) and len(tree) == total and all(map(_is_leaf, tree)):
+        return tree[start:stop]
+    if _is_leaf(tree) and _moves_itself(tree):
+        _refuse_to_cut(type(tree).__name__, total)
+    return _map_container(functools.partial(rows_of, start=start, stop=stop, total=total), tree)
+
+
+def _is_leaf(tree: Any) -> bool:
+    contains = isinstance(tree, list | tuple | Mapping) or _field_names(tree)
+    return not contains and not getattr(tree, "shape", None)
+
+
+def _refuse_to_cut(found: str, total: int) -> NoReturn:
+    raise DataError(
+        f"cutting a batch of {total} samples",
+        f"a {found} in it, which does not say where to cut",
+        "tensors with the samples in their first dimension, or with_microbatch(n, cut=f) with"
+        " f(batch, n) -> pieces of at most n samples",
+    )

@@ -207,7 +207,7 @@ class TrainState:
         checkpoint never holds the others in their place.
 
         Args:
-            weights: By parameter name; parameters that are not named stay.
+            weights: By name of parameter or buffer; what is not named stays.
         """
         if self._own is not None:
             raise CompositionError(
@@ -215,7 +215,7 @@ class TrainState:
                 "weights that are swapped in already",
                 "one swap at a time",
             )
-        mine = {n: p for n, p in self.model.named_parameters() if n in weights}
+        mine = {name: t for name, t in _named_tensors(self.model) if name in weights}
         with torch.no_grad():
             self._own = {name: parameter.detach().clone() for name, parameter in mine.items()}
             try:
@@ -249,8 +249,8 @@ class TrainState:
     def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that others are swapped in for, under each name: tied ones have several."""
         if self._own is not None:
-            first = {id(p): name for name, p in self.model.named_parameters()}
-            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = {id(p): name for name, p in _named_tensors(self.model)}
+            for name, parameter in _named_tensors(self.model, once=False):
                 if first[id(parameter)] in self._own:
                     yield name, self._own[first[id(parameter)]]
 
@@ -336,3 +336,8 @@ class TrainState:
             # (torch.optim.lr_scheduler, patch_track_step_called); the copy must step itself.
             vars(branch.optimizer).pop("step", None)
         return branch
+
+
+def _named_tensors(model: nn.Module, once: bool = True) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=once)
+    yield from model.named_buffers(remove_duplicate=once)

@@ -46,7 +46,7 @@ feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
-checkpoint.snapshot checkpoint.restore checkpoint.writer
+checkpoint.snapshot checkpoint.restore checkpoint.writer checkpoint.owner
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
@@ -64,12 +64,12 @@ parallel.zero
 parallel.decisions parallel.group parallel.launch
 parallel.failure parallel.repoint
 parallel.environment parallel
-types modes metrics
+types modes metrics averages
 updates every stop
 state feed
 limits device output opening
 check checked outcome window interrupt seed position
-nested plain extras rng data.order data.samples data.watch ranks
+nested plain extras rng counting norms data.order data.samples data.watch ranks
 errors exact data.epoch data
 """.split("\n")[1:-1]
 

@@ -62,3 +62,16 @@ def test_on_an_accelerator_batches_are_copied_one_ahead():
         assert (batch["x"] == i).all()
         assert batch["name"] == str(i)
         assert data.read == min(i + 2, 5)
+
+
+def test_of_a_list_each_process_gets_its_own(monkeypatch):
+    """The place in the list is LOCAL_RANK, which torchrun sets; without it the first."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert lk.device(["cpu", "meta"]) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert lk.device(["cpu", "meta"]) == torch.device("meta")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(lk.UsageError, match="no device for the process of LOCAL_RANK 2"):
+        lk.device(["cpu", "meta"])
+    with pytest.raises(lk.UsageError, match=r"lk.device\(2\)"):
+        lk.device(2)

@@ -6,6 +6,7 @@ import loopkit as lk
 import numpy as np
 import pytest
 import torch
+from loopkit.modes import scratch_statistics
 from loopkit.testing import assert_bitwise_equal
 from torch import nn
 from torch.nn import functional as F
@@ -99,3 +100,19 @@ def test_inference_mode_or_no_grad():
     lk.evaluate(step, tiny_state(), numbered(1))
     lk.evaluate(step, tiny_state(), numbered(1), inference_mode=False)
     assert found == [True, False]
+
+
+def test_running_statistics_of_a_scratch_pass_are_thrown_away():
+    """The buffers are the same objects with the same values after it, also after an error."""
+    norm = nn.BatchNorm1d(3)
+    before = {name: (buffer, buffer.clone()) for name, buffer in norm.named_buffers()}
+    with scratch_statistics(nn.Sequential(norm, nn.BatchNorm1d(3, track_running_stats=False))) as n:
+        assert [*n.values()] == [norm]
+        norm(torch.randn(4, 3))
+        assert norm.num_batches_tracked == 1
+    with pytest.raises(ZeroDivisionError), scratch_statistics(norm):
+        norm(torch.randn(4, 3))
+        raise ZeroDivisionError
+    for name, buffer in norm.named_buffers():
+        assert buffer is before[name][0]
+        assert torch.equal(buffer, before[name][1])

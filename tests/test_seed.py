@@ -1,5 +1,6 @@
 """Seeding every source of random numbers."""
 
+import os
 import random
 
 import loopkit as lk
@@ -92,3 +93,35 @@ def test_a_seed_that_numpy_cannot_take_is_refused(seed):
     with pytest.raises(lk.UsageError, match=r"seed = .*\n.*from 0 to 2\*\*32 - 1"):
         lk.seed_everything(seed)
     assert torch.initial_seed() == 1
+
+
+@pytest.fixture
+def settings_back(monkeypatch):
+    """The process's settings, put back."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize("wanted", [True, "warn", False])
+def test_deterministic_sets_what_torch_needs_for_it(wanted, settings_back):
+    """True makes operations without a deterministic kernel an error, "warn" a warning."""
+    torch.backends.cudnn.benchmark = True
+    lk.seed_everything(0, deterministic=wanted)
+    assert torch.are_deterministic_algorithms_enabled() == bool(wanted)
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted == "warn")
+    assert torch.backends.cudnn.benchmark != bool(wanted)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+
+
+def test_deterministic_is_left_alone_unless_asked_for(settings_back):
+    """Seeding alone changes no setting; another word is an error before anything is seeded."""
+    torch.use_deterministic_algorithms(True)
+    lk.seed_everything(0)
+    assert torch.are_deterministic_algorithms_enabled()
+    before = torch.get_rng_state()
+    with pytest.raises(lk.UsageError, match="deterministic = 'yes'"):
+        lk.seed_everything(1, deterministic="yes")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -105,7 +105,7 @@ class Saver:
     def _store(self) -> Store | ObjectStore:
         if isinstance(self.root, Remote):
             return ObjectStore(self.root, self.options.sha256)
-        return Store(self.root, self.options.disk, self.options.sha256)
+        return Store(self.root, self.options.disk, self.options.sha256, self.options.private)
 
     def _write(self, taken: Snapshot) -> None:
         found, store = contents(self.root).intact, self._store()

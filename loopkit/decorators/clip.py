@@ -4,11 +4,11 @@ import functools
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from loopkit.check import positive
 from loopkit.compose import Decorator, wrap
+from loopkit.norms import total_norm
 from loopkit.state import TrainState
 from loopkit.types import Transform
 
@@ -30,16 +30,11 @@ class ClipNorm:
 
 def _clip_sharded(parameters: list[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
     """The same where parameters are spread over ranks, some over others than the rest."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    total = total_norm([p.grad for p in with_grad if p.grad is not None], norm_type)
     meshes: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    norms: list[Any] = [
-        nn.utils.get_total_norm([p.grad for p in held if p.grad is not None], norm_type)
-        for held in meshes.values()
-    ]
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(whole), norm_type)
+    for parameter in with_grad:
+        meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     for held in meshes.values():
         nn.utils.clip_grads_with_norm_(held, max_norm, total)
     return total

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from loopkit.compose import Decorator, compose, wrap
+from loopkit.counting import Count
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
 from loopkit.types import Apply, Recompute, Transform
@@ -17,21 +18,6 @@ from loopkit.types import Apply, Recompute, Transform
 Schedule = Callable[[int], float]
 KEPT_AS = "schedule."
 PLATEAU = "for ReduceLROnPlateau call scheduler.step(score) in your loop"
-
-
-@attrs.define
-class Count:
-    """Applied updates so far."""
-
-    updates: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The count."""
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the count back."""
-        self.updates = state_dict["updates"]
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit import MissingExtraError, UsageError
+from loopkit.optim.create import EXTRAS
 from torch import nn
 from torch.nn import functional as F
 
@@ -190,6 +191,65 @@ def test_optimizers_of_torchao_are_made(name):
     optimizer = lk.configure_optimizer(Gpt(), name, lr=0.1, weight_decay=0.1)
     assert type(optimizer).__module__.startswith("torchao")
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
+
+
+def trained_with(optimizer, model):
+    state = lk.TrainState(model, optimizer)
+    tokens = torch.arange(64).reshape(4, 16) % 16
+    for _ in range(8):
+        lk.with_clip(1.0)(next_token)(state, tokens)
+    return model
+
+
+def trained_by_hand(optimizers, model):
+    state = lk.TrainState(model)
+    tokens = torch.arange(64).reshape(4, 16) % 16
+    for _ in range(8):
+        model.zero_grad()
+        next_token(state, tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    return model
+
+
+def seeded_gpt():
+    torch.manual_seed(0)
+    return Gpt(width=64, words=128)  # so large that torchao quantizes some of the state
+
+
+@pytest.mark.skipif(
+    not (installed("torchao") and installed("schedulefree")), reason="needs both packages"
+)
+@pytest.mark.filterwarnings("ignore")  # importing torchao warns of its own code
+@pytest.mark.parametrize("name", sorted(EXTRAS))
+def test_an_optimizer_of_a_package_trains_as_by_hand(name):
+    """Weights after eight updates equal those of the package's own class in a loop by hand."""
+    _, module, made = EXTRAS[name]
+    ours, theirs = seeded_gpt(), seeded_gpt()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        trained_with(lk.create_optimizer(ours.parameters(), name, lr=0.01), ours)
+        by_hand = getattr(importlib.import_module(module), made)(theirs.parameters(), lr=0.01)
+        getattr(by_hand, "train", lambda: None)()
+        trained_by_hand([by_hand], theirs)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert not torch.equal(ours.head.weight, seeded_gpt().head.weight)
+
+
+def test_muon_beside_adamw_trains_as_by_hand():
+    """Weights equal those of two optimizers of torch, each stepped for its own parameters."""
+    ours, theirs = seeded_gpt(), seeded_gpt()
+    trained_with(lk.configure_optimizer(ours, "muon", lr=0.01, weight_decay=0.1), ours)
+    named = dict(theirs.named_parameters())
+    matrices = [named.pop(name) for name in sorted(MATRICES, key=[*named].index)]
+    exempt = [named.pop(name) for name in [*named] if name in NO_DECAY]
+    adamw = torch.optim.AdamW(
+        [{"params": exempt, "weight_decay": 0.0}, {"params": [*named.values()]}],
+        lr=0.01, weight_decay=0.1,
+    )  # fmt: skip
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    trained_by_hand([muon, adamw], theirs)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "schedule_free_adamw"])
