@@ -1,4 +1,4 @@
-"""The README and the guides: their code runs, and prints what they say; their links lead somewhere."""
+"""README and guides: their code runs, and prints what they say; their links lead somewhere."""
 
 import contextlib
 import io
@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Their blocks are rows, each of which starts anew: tests/test_migrating.py.
-ROWS = {"migrating.md", "rows_decorators.md"}
+# Its blocks are rows, each of which starts anew: tests/test_migrating.py.
+ROWS = {"migrating.md"}
 
 
 def pages(of):
