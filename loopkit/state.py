@@ -318,6 +318,12 @@ class TrainState:
             >>> branch.model is model, torch.equal(branch.model.weight, model.weight)
             (False, True)
         """
+        if self.ranks.shards_tensors:
+            raise CompositionError(
+                "state.snapshot() of a state that is spread over ranks",
+                "parameters of which each rank holds a part; torch does not copy such modules",
+                "checkpoints.save(state), and restore into a state made anew",
+            )
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
         branch.window, branch.output, branch.graph, branch.attached, branch.votes = (

@@ -40,6 +40,7 @@ evaluate
 data.lengths data.collate
 decorators parallel.decorator
 compose
+compiled
 step
 setup places
 feature
@@ -67,7 +68,7 @@ parallel.environment parallel
 types modes metrics averages
 updates every stop
 state feed
-limits device output opening
+limits device output opening functional graphs background
 check checked outcome window interrupt seed position
 nested plain extras rng counting norms data.order data.samples data.watch ranks
 errors exact data.epoch data

@@ -19,6 +19,7 @@ from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
 from loopkit.parallel.tensor_parallel import TensorParallel
 from loopkit.parallel.zero import UpdateOwnPart
+from loopkit.rng import seed_apart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
@@ -51,6 +52,8 @@ class Parallelize:
             _check_start(state)
             if state.restored_rng is not None:
                 state.take_rng()
+            elif ranks.rank:
+                seed_apart(ranks.rank)  # the seed is often one for all, and so would dropout be
 
 
 def _check_start(state: TrainState) -> None:
@@ -141,7 +144,8 @@ def distributed(
     The same script runs by `python`, by `torchrun`, by `srun` and by `mpirun`. Each rank reads
     its own share of a loader's batches, so the batch size is per rank; the gradient is that of
     the one mean over the micro-batches of all ranks, weighted where the step function returns
-    weights. The model stays yours: its class (DDP), its `state_dict` keys, and
+    weights. Ranks start from the weights of the first one, and draw random numbers of their own,
+    which follow from the seed. The model stays yours: its class (DDP), its `state_dict` keys, and
     `state.model is model`. An optimizer made before is pointed at the shards.
 
     All ranks skip, raise and stop together. Where one fails, the others end with an error that

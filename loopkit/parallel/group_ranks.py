@@ -17,6 +17,8 @@ from loopkit.parallel.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
+REMEMBERED = 8  # data whose parts are kept: those of a training, and of its evaluations
+
 
 @attrs.define(eq=False, kw_only=True)
 class GroupRanks(Ranks):
@@ -31,7 +33,7 @@ class GroupRanks(Ranks):
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
-    _shared: tuple[Any, str, Any] = (None, "", None)
+    _shared: list[tuple[Any, str, Any]] = attrs.field(factory=list)
 
     @property
     def alone(self) -> bool:
@@ -60,13 +62,15 @@ class GroupRanks(Ranks):
     def share(self, data: Any, uneven: str | None = None) -> Any:
         """This rank's part of some data: of its batches every `size`-th."""
         how = uneven or self.uneven
-        if self._shared[0] is not data or self._shared[1] != how:
-            part = sharded(
-                data, self.rank, self.size, how,
-                stream=self.stream, count=self._count, share_start=self.from_first,
-            )  # fmt: skip
-            self._shared = (data, how, part)
-        return self._shared[2]  # the same part for the same data, which a run goes on with
+        for known, policy, part in self._shared:
+            if known is data and policy == how:
+                return part  # the same for the same data, which a run goes on with
+        part = sharded(
+            data, self.rank, self.size, how,
+            stream=self.stream, count=self._count, share_start=self.from_first,
+        )  # fmt: skip
+        self._shared = [(data, how, part), *self._shared[: REMEMBERED - 1]]
+        return part
 
     def _count(self, flag: bool) -> int:
         return int(self.sum(torch.tensor(float(flag), device=host_device())))
