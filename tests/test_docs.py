@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,13 @@ def pages(of):
 def test_the_code_runs_and_prints_what_it_says(path, tmp_path, monkeypatch):
     """The Python blocks, run one after the other, print the text blocks that follow them."""
     monkeypatch.chdir(tmp_path)
-    namespace, printed = {"__name__": path.stem}, ""
+    module, printed = types.ModuleType(f"page_{path.stem}"), ""
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # its classes can be pickled
     for kind, code in BLOCK.findall(path.read_text()):
         if kind == "python":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                exec(compile(code, str(path), "exec"), namespace)  # noqa: S102
+                exec(compile(code, str(path), "exec"), vars(module))  # noqa: S102
             printed = output.getvalue()
         elif kind == "text" and printed:
             assert printed.strip() == code.strip()
