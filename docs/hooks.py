@@ -64,23 +64,23 @@ def moved(text: str, source: str) -> str:
     return LINK.sub(link, text)
 
 
-def part_of(module: str) -> str:
-    """The page that has a module's public names: that with the longest fitting beginning."""
+def part_of(module: str) -> tuple[str, int]:
+    """The page that has a module's public names, and where: the longest fitting beginning."""
     fitting = [
-        (len(start), part)
+        (len(start), part, at)
         for part, (_, starts) in PARTS.items()
-        for start in starts
+        for at, start in enumerate(starts)
         if f"{module}.".startswith(f"loopkit.{start}.")
     ]
     if not fitting:
         message = f"docs/hooks.py: no part of the reference has {module}: add it to PARTS"
         raise LookupError(message)
-    return max(fitting)[1]
+    return max(fitting)[1:]
 
 
 def reference() -> dict[str, str]:
     """A page for each part, with all its names."""
-    names: dict[str, list[str]] = {part: [] for part in PARTS}
+    names: dict[str, list[tuple[int, str]]] = {part: [] for part in PARTS}
     for name in sorted(lk.__all__, key=str.lower):
         module = getattr(getattr(lk, name), "__module__", "")
         of_types = not module.startswith("loopkit")
@@ -89,9 +89,13 @@ def reference() -> dict[str, str]:
             if of_types
             else module
         )
-        names[part_of(home)].append(f"{home}.{name}")
-    names["debugging"].append("loopkit.debug.check.check")
-    pages = {part: page(title, names[part]) for part, (title, _) in PARTS.items()}
+        part, at = part_of(home)
+        names[part].append((at, f"{home}.{name}"))
+    names["debugging"].insert(0, (0, "loopkit.debug.check.check"))
+    pages = {}
+    for part, (title, _) in PARTS.items():
+        ordered = sorted(names[part], key=lambda found: found[0])
+        pages[part] = page(title, [name for _, name in ordered])
     tests = [f"loopkit.testing.{name}" for name in TESTING]
     return pages | {"testing": page("Testing decorators", tests)}
 
