@@ -10,7 +10,7 @@ from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded
 from loopkit.errors import CheckpointError
-from loopkit.plain import is_stateful
+from loopkit.plain import is_stateful, saveable
 from loopkit.state import TrainState
 
 SHOWN = 5  # of a list of names; the rest is counted
@@ -48,6 +48,7 @@ def differences(state: TrainState, manifest: Manifest, loaded: Loaded) -> Differ
     """Compare a state with what a checkpoint holds; nothing is changed."""
     fatal = [
         *_class_differences(state, manifest),
+        *_extras_differences(state, loaded),
         *_model_differences(state.model.state_dict(), loaded.state["model"]),
         *_parameter_differences(parameter_names(state), loaded),
     ]
@@ -68,6 +69,15 @@ def _class_differences(state: TrainState, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: in the state, not in the checkpoint"
         elif name != "model" and saved[name] and saved[name] != here[name]:
             yield f"{name}: {saved[name]} in the checkpoint, {here[name]} in the state"
+
+
+def _extras_differences(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    """Plain data that the state would keep as it is, where all else goes back."""
+    if state.optimizer is None:
+        return
+    here = {name for name, value in state.extras.items() if not is_stateful(value)}
+    for name in sorted(here & saveable(state.extras).keys() - loaded.state["extras"].keys()):
+        yield f"extras.{name}: in the state, not in the checkpoint"
 
 
 def _model_differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:

@@ -69,7 +69,8 @@ def restore_first(
 
 
 def _lines(damage: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-    return tuple(f"step {step}: {found}" for step, found in damage)
+    newest_first = sorted(damage, key=lambda one: -one[0])
+    return tuple(f"step {step}: {found}" for step, found in newest_first)
 
 
 def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
