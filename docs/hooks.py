@@ -9,6 +9,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 # Files that are pages as they stand.
@@ -61,7 +62,10 @@ def moved(text: str, source: str) -> str:
             return words
         return f"{picture}[{words}]({relpath(page, dirname(COPIED[source]) or '.')}{anchor or ''})"
 
-    return LINK.sub(link, text)
+    # Code is left alone: `extras["teacher"](inputs)` is no link.
+    return "".join(
+        part if part.startswith("```") else LINK.sub(link, part) for part in CODE.split(text)
+    )
 
 
 def part_of(module: str) -> tuple[str, int]:

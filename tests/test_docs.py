@@ -1,6 +1,7 @@
 """README and guides: their code runs, and prints what they say; their links lead somewhere."""
 
 import contextlib
+import importlib
 import io
 import re
 import sys
@@ -36,6 +37,19 @@ def test_the_code_runs_and_prints_what_it_says(path, tmp_path, monkeypatch):
         elif kind == "text" and printed:
             assert printed.strip() == code.strip()
             printed = ""
+
+
+def test_pages_of_the_site_have_the_code_of_the_files_they_are_made_from(monkeypatch):
+    """What a page is made from is changed in its links alone, and they lead to pages."""
+    pytest.importorskip("mkdocs", reason="of the extra docs")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    hooks = importlib.import_module("hooks")
+    for source in hooks.COPIED:
+        text = (ROOT / source).read_text()
+        made = hooks.moved(text, source)
+        assert BLOCK.findall(made) == BLOCK.findall(text)
+        for link in LINK.findall(BLOCK.sub("", made)):
+            assert link in hooks.COPIED.values() or (ROOT / "docs" / link).exists()
 
 
 def test_the_readme_shows_code():
