@@ -19,6 +19,10 @@ class Background:
     Attributes:
         data: What is read.
         ahead: Batches that may wait.
+
+    Example:
+        >>> len(Background([1, 2, 3], ahead=2))
+        3
     """
 
     data: Iterable[Any]

@@ -23,6 +23,10 @@ class Ranks:
         size: How many those are.
         shards_tensors: Whether some parameters are DTensors, of which each holds a part.
         shards_optimizer: Whether each holds the optimizer state of its own part only.
+
+    Example:
+        >>> Ranks().is_first, Ranks().size
+        (True, 1)
     """
 
     rank: int = 0

@@ -207,6 +207,16 @@ class Run(Updates):
         state: What is trained.
         data: What the batches come from.
         limits: Where it ends.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> data = [torch.ones(4, 2)] * 3
+        >>> with run(lambda state, x: state.model(x).mean(), state, data, max_epochs=2) as updates:
+        ...     first = next(updates)
+        >>> first is state, updates.total_steps
+        (True, 6)
     """
 
     def __init__(self, step: Step, state: TrainState, data: Iterable[Any], limits: Limits) -> None:

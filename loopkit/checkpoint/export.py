@@ -32,6 +32,11 @@ class WeightsReport:
         missing: Names that only the model has: these keep the values they had.
         unexpected: Names that only the file has.
         mismatched: Names whose shapes differ.
+
+    Example:
+        >>> print(WeightsReport(("weight",), (), ("bias",), ()))
+        1 loaded
+        1 unexpected in the file: bias
     """
 
     loaded: tuple[str, ...]

@@ -26,6 +26,18 @@ class Restored:
         checkpoint: The checkpoint.
         skipped: For each one that would have come first: its step, and how it is damaged.
         changes: Settings of the state that are now the checkpoint's.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from loopkit.checkpoint.checkpointer import Checkpointer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpoints:
+        ...     _ = checkpoints.save(state)
+        ...     state.optimizer.param_groups[0]["lr"] = 0.2
+        ...     _ = checkpoints.restore(state)
+        ...     print(checkpoints.restored.changes)
+        ('optimizer: lr of group 0 from 0.2 to 0.1',)
     """
 
     checkpoint: Checkpoint

@@ -35,6 +35,11 @@ class LrCurve:
         smoothed: A mean of each and its neighbours, which neither lags nor leads.
         suggestion: Where the smoothed loss falls fastest over log(lr); None if it does not fall.
         diverged: Whether the loss rose again: to twice its lowest, or until the test was over.
+
+    Example:
+        >>> curve = LrCurve((0.1, 0.2), (1.0, 0.5), (1.0, 0.5), 0.1, False)
+        >>> print(str(curve).splitlines()[-1].strip())
+        suggestion (steepest slope): lr=1.0e-01
     """
 
     lrs: tuple[float, ...]
