@@ -3,11 +3,11 @@
     python benchmarks/checkpoint.py [--gigabytes 0.1 1]
 
 For each size a model with AdamW is saved in turns by `torch.save` to a file, by a
-`Checkpointer` in the background, and by one that waits for the disk (`async_save=False`);
-beside them stands the bare copy of the state into memory that was used before. The rounds
-alternate, so that whatever else the machine does falls on all of them; medians are printed
-with their quartiles. The first save of a `Checkpointer` also gets its memory from the
-system, so it is shown by itself.
+`Checkpointer` in the background, by one that waits for the disk (`async_save=False`), and by
+`torch.distributed.checkpoint.async_save`; beside them stands the bare copy of the state into
+memory that was used before. The rounds alternate, so that whatever else the machine does
+falls on all of them; medians are printed with their quartiles. The first save of a
+`Checkpointer` also gets its memory from the system, so it is shown by itself.
 """
 
 import argparse
@@ -18,9 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import loopkit as lk
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 ROUNDS = 7
@@ -52,10 +55,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def show(name: str, times: list[float], base: float) -> None:
-    """A line: median, quartiles, and the ratio to a base."""
+def show(name: str, times: list[float], bases: list[float]) -> None:
+    """A line: median, quartiles, and the ratios to the bases."""
     low, middle, high = statistics.quantiles(times, n=4)
-    print(f"  {name:<34} {middle:7.3f} s ({low:.3f} to {high:.3f})  {middle / base:6.3f}")
+    ratios = "".join(f"{middle / base:8.2f}" for base in bases)
+    print(f"  {name:<34} {middle:7.3f} s ({low:.3f} to {high:.3f}){ratios}")
 
 
 def measure(gigabytes: float, folder: Path, rounds: int) -> None:
@@ -64,6 +68,7 @@ def measure(gigabytes: float, folder: Path, rounds: int) -> None:
     tensors = tensors_of(state)
     size = sum(tensor.nbytes for tensor in tensors)
     copies = [tensor.clone() for tensor in tensors]
+    futures: list[Any] = []
     background = lk.Checkpointer(folder / "background")
     waiting = lk.Checkpointer(folder / "waiting", async_save=False)
 
@@ -78,11 +83,16 @@ def measure(gigabytes: float, folder: Path, rounds: int) -> None:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def save_by_dcp() -> None:
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        found = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+        futures.append(dcp.async_save(found, checkpoint_id=folder / "dcp"))
+
     def copy() -> None:
         for source, target in zip(tensors, copies, strict=True):
             target.copy_(source)
 
-    print(f"{size / 1e9:.2f} GB of tensors; the ratio is to torch.save")
+    print(f"{size / 1e9:.2f} GB of tensors; ratios to torch.save, and to the bare copy")
     first = seconds(lambda: save(background))
     background.wait(), save(waiting)
     times: dict[str, list[float]] = {}
@@ -94,11 +104,13 @@ def measure(gigabytes: float, folder: Path, rounds: int) -> None:
             "save, in the background": lambda: save(background),
             "  and until it is on disk": background.wait,
             "save, waiting for the disk": lambda: save(waiting),
+            "DCP async_save": save_by_dcp,
+            "  and until it is written": lambda: futures.pop().result(),
         }.items():
             times.setdefault(name, []).append(seconds(function))
-    base = statistics.median(times["torch.save"])
+    bases = [statistics.median(times[name]) for name in ("torch.save", "bare copy")]
     for name, found in times.items():
-        show(name, found, base)
+        show(name, found, bases)
     print(f"  first save, in the background      {first:7.3f} s")
     path = background.latest.path
     written = sum(file.stat().st_size for file in path.iterdir())
@@ -112,12 +124,14 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     for gigabytes in args.gigabytes:
         folder = Path(tempfile.mkdtemp())
         try:
             measure(gigabytes, folder, args.rounds)
         finally:
             shutil.rmtree(folder)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

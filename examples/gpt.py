@@ -1,6 +1,7 @@
 """A small GPT learns to write Python functions from the standard library's own.
 
     python examples/gpt.py
+    torchrun --nproc-per-node=2 examples/gpt.py --strategy fsdp
 
 It reads the short functions of the library, 3,400 of them, character by character. They are
 of many lengths, so each micro-batch says how many characters its loss is a mean over.
@@ -102,12 +103,13 @@ def train_step(state, batch):
 
 
 @torch.no_grad()
-def write(model, temperature=0.6):
-    """A function of the model's own."""
+def write(model, dice, temperature=0.6):
+    """A function of the model's own; all ranks throw the same dice, as all hold a part of it."""
     ids = [END]
     while len(ids) <= LONGEST and (len(ids) == 1 or ids[-1] != END):
-        logits = model(torch.tensor([ids], device=model.head.weight.device))[0, -1]
-        ids.append(torch.multinomial((logits / temperature).softmax(-1), 1).item())
+        logits = model(torch.tensor([ids], device=lk.device()))[0, -1]
+        chances = (logits / temperature).softmax(-1).cpu()
+        ids.append(torch.multinomial(chances, 1, generator=dice).item())
     return "".join(map(chr, ids)).strip("\0")
 
 
@@ -123,6 +125,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
+    parser.add_argument("--strategy", default="ddp", help="under torchrun: ddp, fsdp, zero1, ...")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpt"), help="of checkpoints")
     args = parser.parse_args(argv)
     generator = lk.seed_everything(0)
@@ -135,7 +138,8 @@ def main(argv=None):
         model.compile(dynamic=True)
     state = lk.TrainState(model, lk.configure_optimizer(model, "muon", PEAK_LR, weight_decay=0.1))
     schedule = lk.warmup(0.05, peak=PEAK_LR) >> lk.cosine(floor=PEAK_LR / 20)
-    step = lk.with_schedule(lr=schedule.over(args.updates))(train_step)
+    features = lk.with_schedule(lr=schedule.over(args.updates)), lk.distributed(args.strategy)
+    step = lk.compose(*features)(train_step)
 
     with lk.Checkpointer(args.folder, every=SAVE_EVERY) as checkpoints:
         if checkpoints.restore(state):
@@ -148,11 +152,13 @@ def main(argv=None):
 
     with lk.ema_weights(state):
         scores = lk.evaluate(step, state, DataLoader(test, 50, collate_fn=collate))
-        written = [write(model) for _ in range(WRITTEN)]
-    print(*written[:5], sep="\n\n")
-    grammatical = sum(map(is_python, written))
-    print(f"\n{grammatical} of {len(written)} are Python; {speed:,.0f} characters/s")
-    print(f"test loss {scores['loss']:.3f} nats per character")
+        dice = torch.Generator().manual_seed(state.step)
+        written = [write(model, dice) for _ in range(WRITTEN)]
+    if state.ranks.is_first:
+        grammatical = sum(map(is_python, written))
+        print(*written[:5], sep="\n\n")
+        print(f"\n{grammatical} of {len(written)} are Python; {speed:,.0f} characters/s a process")
+        print(f"test loss {scores['loss']:.3f} nats per character")
     return scores["loss"]
 
 

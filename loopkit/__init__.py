@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from loopkit.averages import ema_weights
+from loopkit.background import Background, background
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
@@ -88,6 +89,8 @@ if TYPE_CHECKING:
     from loopkit.debug.overflow import detect_overflow
     from loopkit.debug.rates import LrCurve, find_lr
     from loopkit.debug.rehearse import Rehearsal, fast_dev_run, overfit, sanity_check
+    from loopkit.decorators.compile import with_compile
+    from loopkit.graphs import CompileWarning
     from loopkit.observe.console import Console
     from loopkit.observe.files import CSV, JSONL
     from loopkit.observe.log import Log
@@ -128,6 +131,8 @@ logger.disable("loopkit")
 
 # What is imported when it is first asked for: half of the package, which many a script never uses.
 _LATER = {
+    "loopkit.decorators.compile": ("with_compile",),
+    "loopkit.graphs": ("CompileWarning",),
     "loopkit.checkpoint.checkpointer": ("Checkpointer",),
     "loopkit.checkpoint.best": ("load_best",),
     "loopkit.checkpoint.export": ("WeightsReport", "export", "load_weights"),
@@ -199,6 +204,7 @@ __all__ = [
     "JSONL",
     "Apply",
     "Around",
+    "Background",
     "Backward",
     "Checkpoint",
     "CheckpointError",
@@ -206,6 +212,7 @@ __all__ = [
     "CheckpointWarning",
     "Checkpointer",
     "CombinedOptimizer",
+    "CompileWarning",
     "CompositionError",
     "Console",
     "DamageError",
@@ -252,6 +259,7 @@ __all__ = [
     "WindowSize",
     "adaptor",
     "agree",
+    "background",
     "bar",
     "compose",
     "configure_optimizer",
@@ -311,6 +319,7 @@ __all__ = [
     "with_clip",
     "with_clip_value",
     "with_closure",
+    "with_compile",
     "with_ema",
     "with_freeze",
     "with_grad_accum",

@@ -138,6 +138,18 @@ def ema_weights(state: TrainState, name: str = "ema") -> AbstractContextManager[
 
     Raises:
         UsageError: If the state keeps no averages under that name, or they have not begun.
+
+    Example:
+        >>> from loopkit.decorators.ema import with_ema
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> step = with_ema(0.5)(lambda state, x: state.model(x).mean())
+        >>> state = step(step(state, torch.ones(4, 1)), torch.ones(4, 1))
+        >>> own = model.weight.item()
+        >>> with ema_weights(state):
+        ...     averaged = model.weight.item()
+        >>> averaged > own, model.weight.item() == own
+        (True, True)
     """
     kept = kept_averages(state, name, f"lk.ema_weights(state, {name!r})")
     return state.swapped(kept.weights | kept.statistics)

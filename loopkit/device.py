@@ -14,6 +14,9 @@ from loopkit.nested import map_tensors
 def device(name: str | Sequence[str] = "auto") -> torch.device:
     """The device to train on: the machine's accelerator if it has one, else the CPU.
 
+    Where a launcher has started several processes on a machine with several devices, each gets
+    its own.
+
     Args:
         name: `"auto"`, or what `torch.device` takes: `"cpu"`, `"cuda:1"`, `"mps"`, `"xpu"`. Or
             a list of those, of which this process gets the one at its place: torchrun says
@@ -33,7 +36,7 @@ def device(name: str | Sequence[str] = "auto") -> torch.device:
         name = _own_of(name)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
+        return torch.device("cpu") if accelerator is None else _of_this_process(accelerator)
     wanted = _parsed(name)
     there = {"cpu", "meta"} | ({accelerator.type} if accelerator else set())
     count = torch.accelerator.device_count() if accelerator else 0
@@ -48,8 +51,23 @@ def device(name: str | Sequence[str] = "auto") -> torch.device:
     return wanted
 
 
+def _of_this_process(accelerator: torch.device) -> torch.device:
+    """The whole kind for a single process, whose current device it follows."""
+    rank = _local_rank()
+    if rank is None:
+        return accelerator
+    return torch.device(accelerator.type, rank % torch.accelerator.device_count())
+
+
+def _local_rank() -> int | None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return None
+
+
 def _own_of(names: Sequence[str]) -> str:
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = _local_rank() or 0
     if not isinstance(names, Sequence) or rank >= len(names):
         raise UsageError(
             f"lk.device({names!r})",

@@ -12,11 +12,15 @@ from loopkit.errors import UsageError
 from loopkit.ranks import Ranks
 
 ARGUMENTS = ("preds", "target")
+MOST_WAITING, MOST_ELEMENTS = 16, 2**18  # batches that wait for one update, and what they may hold
 
 
 @attrs.define
 class Meter:
     """One metric with the keys of the step's mapping that it reads.
+
+    An update of a torchmetric takes as long as a small model. Where several batches together
+    leave the very same state as one after the other, they are gathered for one update.
 
     Attributes:
         name: What it is reported as; empty for a collection, whose metrics have names.
@@ -28,6 +32,8 @@ class Meter:
     metric: Any
     keys: tuple[str, ...]
     _kept: list[tuple[Any, ...]] = attrs.field(factory=list)
+    _shapes: list[Any] = attrs.field(factory=list)
+    _elements: int = 0
     _updated: bool = False
 
     @property
@@ -38,6 +44,7 @@ class Meter:
     def start(self, device: torch.device) -> None:
         """Forget what was gathered before, and move to the device."""
         self._kept.clear()
+        self._shapes, self._elements = [], 0
         self._updated = False
         if not self.is_function:
             self.metric.to(device).reset()
@@ -55,13 +62,32 @@ class Meter:
         if self.is_function:
             self._kept.append(values)
         else:
-            self.metric.update(*values)
+            self._wait(values)
         self._updated = True
+
+    def _wait(self, values: tuple[Any, ...]) -> None:
+        shapes = [_kind_of(value) for value in values]
+        if shapes != self._shapes:
+            self._give()
+            self.metric.update(*values)  # the first alone: what it cannot take, it says at once
+            self._shapes = shapes if None not in shapes and _is_additive(self.metric) else []
+            return
+        self._kept.append(values)
+        self._elements += sum(value.numel() for value in values)
+        if len(self._kept) == MOST_WAITING or self._elements > MOST_ELEMENTS:
+            self._give()
+
+    def _give(self) -> None:
+        if self._kept:
+            self.metric.update(*(torch.cat(column) for column in zip(*self._kept, strict=True)))
+            self._kept.clear()
+            self._elements = 0
 
     def results(self, ranks: Ranks) -> list[tuple[str, float]]:
         """What it found on all ranks, as named numbers, equal on all."""
         if self.is_function:
             return self._of_function(ranks)
+        self._give()
         with ranks.among(self._updated) as group:
             for part in self.metric.modules() if ranks.size > 1 else ():
                 if hasattr(part, "process_group"):
@@ -80,6 +106,31 @@ class Meter:
 
 def _on_host(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _kind_of(value: Any) -> Any:
+    """What tensors must share to be joined; None where it is none with a dimension."""
+    return (value.shape[1:], value.dtype) if isinstance(value, Tensor) and value.ndim else None
+
+
+def _is_additive(metric: Any) -> bool:
+    """Whether joined batches leave the very state that they leave one by one.
+
+    Known of torchmetrics' multiclass metrics that take the largest logit and count in integers.
+    Others don't: sums of floats round by their order, wrappers may look at each batch, and binary
+    metrics and curves look at each batch for whether it holds logits or probabilities.
+    """
+    if hasattr(metric, "items"):  # a collection
+        return all(map(_is_additive, metric.values()))
+    kind = type(metric)
+    if not kind.__module__.startswith("torchmetrics.classification."):
+        return False
+    if not kind.__name__.startswith("Multiclass") or hasattr(metric, "thresholds"):
+        return False
+    return bool(metric.metric_state) and all(
+        isinstance(state, Tensor) and not state.is_floating_point()
+        for state in metric.metric_state.values()
+    )
 
 
 def _joined(column: tuple[Any, ...]) -> Any:

@@ -79,7 +79,7 @@ def read_weight(weight: Any) -> Weight:
         (3, 4)
     """
     if isinstance(weight, Tensor) and weight.ndim == 0:
-        if weight.device.type != "cpu":
+        if weight.device.type != "cpu" or torch.compiler.is_compiling():
             return weight.detach()
         weight = weight.item()
     if isinstance(weight, int | float) and 0 <= weight < math.inf:

@@ -119,13 +119,18 @@ class Gradients:
             parts.append((loss.detach(), weight, scalars))
             outcome.samples += 0 if filler else batch_size(micro_batch)
         if len(parts) != count:
-            _check_count(len(parts), count)
+            check_count(len(parts), count)
         if without_gradient == len(parts):
             state.skip_if(True)  # a window over nothing says nothing
 
 
-def _check_count(found: int, count: int | None) -> None:
-    if count is not None or not found:
+def check_count(found: int, count: int | None) -> None:
+    """Check that a window had as many micro-batches as it said.
+
+    Raises:
+        DataError: If it had not, or none at all.
+    """
+    if found != count and (count is not None or not found):
         raise DataError(
             f"a window of {count or 'unknown'} micro-batches",
             f"{found} in it; an iterator can be read once",

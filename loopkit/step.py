@@ -58,6 +58,15 @@ class Step:
 
     Raises:
         CompositionError: If two features own one place, or keep state under one name.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> step = Step(lambda state, x: state.model(x).mean())
+        >>> state = step(state, torch.ones(4, 2))
+        >>> state.step, state.samples
+        (1, 4)
     """
 
     function: StepFunction

@@ -68,6 +68,11 @@ class KeepMicroBatches:
     """A layer of `split` that holds a window's micro-batches, so that they can be read again.
 
     For what computes an update's gradients more than once: `wrap(split=KeepMicroBatches)`.
+
+    Example:
+        >>> layer = KeepMicroBatches(lambda state, batch: (iter(batch), 2))
+        >>> layer(None, ["a", "b"])
+        (['a', 'b'], 2)
     """
 
     inner: Callable[[Any, Any], MicroBatches]

@@ -40,13 +40,14 @@ evaluate
 data.lengths data.collate
 decorators parallel.decorator
 compose
+compiled
 step
 setup places
 feature
 checkpoint.preemption
 checkpoint.checkpointer
 checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
-checkpoint.snapshot checkpoint.restore checkpoint.writer
+checkpoint.snapshot checkpoint.restore checkpoint.writer checkpoint.owner
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
@@ -67,7 +68,7 @@ parallel.environment parallel
 types modes metrics averages
 updates every stop
 state feed
-limits device output opening
+limits device output opening functional graphs background
 check checked outcome window interrupt seed position
 nested plain extras rng counting norms data.order data.samples data.watch ranks
 errors exact data.epoch data

@@ -4,9 +4,16 @@ import loopkit as lk
 import numpy as np
 import pytest
 import torch
-from loopkit.metrics import meters, numbers
+from loopkit.metrics import _is_additive, meters, numbers
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+from torchmetrics.regression import MeanSquaredError
+from torchmetrics.wrappers import MinMaxMetric
 
 
 @pytest.mark.parametrize(
@@ -62,3 +69,26 @@ def test_a_metric_begins_anew():
     meter.start(torch.device("cpu"))
     meter.update({"preds": torch.tensor([1]), "target": torch.tensor([1])})
     assert dict(meter.results(lk.Ranks())) == {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize("sizes", [[4] * 40, [4] * 17 + [1], [1, 2, 3, 4, 4, 4, 2]])
+def test_joined_updates_leave_the_state_of_updates_one_by_one(sizes):
+    """Counting metrics are updated with several batches at once, and find the same, bit for bit."""
+    kinds = (MulticlassAccuracy, MulticlassF1Score, MulticlassConfusionMatrix)
+    ours, theirs = (MetricCollection([kind(3) for kind in kinds]) for _ in range(2))
+    batches = [(torch.randn(n, 3), torch.randint(3, (n,))) for n in sizes]
+    state = lk.TrainState(torch.nn.Linear(1, 1))
+    scores = lk.evaluate(
+        lambda state, batch: {"preds": batch[0], "target": batch[1]}, state, batches, ours
+    )
+    for batch in batches:
+        theirs.update(*batch)
+    assert scores == {k: v for name, x in theirs.compute().items() for k, v in numbers(name, x)}
+    assert ours["MulticlassAccuracy"]._update_count < len(sizes) or len(sizes) < 9
+
+
+def test_metrics_that_look_at_each_batch_get_each_batch():
+    """Sums of floats, wrappers, and metrics that guess logits by the batch are not joined."""
+    for metric in (BinaryAccuracy(), MeanSquaredError(), MinMaxMetric(BinaryAccuracy())):
+        assert not _is_additive(metric)
+    assert _is_additive(MulticlassAccuracy(3))

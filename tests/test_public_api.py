@@ -66,5 +66,4 @@ def test_public_docstrings_give_promise_arguments_and_example(name, value):
     ]
     missing = [p for p in parameters if f"{p}:" not in text] if "Args:" in text else []
     assert not missing, f"{name} does not say what {missing} are"
-    if inspect.isfunction(value):
-        assert "Example:" in text or name in {"ema_weights"}, name
+    assert "Example:" in text, name

@@ -19,13 +19,14 @@ from loopkit.checkpoint.folder import (
     read_checkpoint,
 )
 from loopkit.checkpoint.options import CheckpointOptions
+from loopkit.checkpoint.owner import check_owner
 from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving, together
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
-from loopkit.every import Every, Interval
+from loopkit.every import Every, Interval, Moment
 from loopkit.state import TrainState
 
 
@@ -58,7 +59,8 @@ class Checkpointer:
 
     Args:
         dir: The folder of the run; made if it is not there. One process at a time saves in it.
-            Or the address of one in an object store, `"s3://bucket/run"` (see `Remote`).
+            Or an address in an object store, `"s3://bucket/run"`: fsspec finds credentials
+            and endpoint, in the environment or in `fsspec.config.conf["s3"]`.
         monitor: Name of the score that says which checkpoint is best.
         mode: `"min"` or `"max"`: whether a low or a high score is good.
         keep_best: How many of the best are kept; counts only with `monitor`.
@@ -197,7 +199,8 @@ class Checkpointer:
         """The states of `run`, saved every so often, and at its end.
 
         `for state in checkpoints.wrap(run(...)): ...`; a state is saved when the body of the
-        loop is through with it, without scores, unless the body saved it.
+        loop is through with it, without scores, unless the body saved it. A `run` of your own
+        may yield once for many updates: it is time when a multiple lies among them.
 
         Raises:
             UsageError: Without `every`.
@@ -208,7 +211,14 @@ class Checkpointer:
                 "a Checkpointer that does not say how often",
                 'Checkpointer(dir, every=500), every="10min" or every="epoch"',
             )
-        return Saving(run, self._how_often(), self._save_once, self.wait)
+        return Saving(run, self._how_often(), self._save_once, self.wait, self._restored_at())
+
+    def _restored_at(self) -> Moment:
+        """Where a run goes on; no part of an epoch, which at worst saves once more."""
+        if self.restored is None:
+            return Moment()
+        manifest = self.restored.checkpoint.manifest
+        return Moment(manifest.step, manifest.samples, manifest.epoch)
 
     def _how_often(self) -> Every:
         assert self.every is not None
@@ -241,7 +251,8 @@ class Checkpointer:
 
         Raises:
             DamageError: If there are checkpoints, and none is intact.
-            CheckpointError: If it does not fit the state: with all that differs.
+            CheckpointError: If it does not fit the state: with all that differs; or if it is
+                not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
         restored = together(state.ranks, lambda: self._restore(state, which))
@@ -260,8 +271,12 @@ class Checkpointer:
     def _restore(self, state: TrainState, which: str | Place | Checkpoint) -> Restored | None:
         self._saver.join()
         if which in ("latest", "best"):
-            return restore_first(state, *self._choice(str(which)))
-        return restore_one(state, self._at(which))
+            order, broken = self._choice(str(which))
+            check_owner(order, self.options.owner)
+            return restore_first(state, order, broken)
+        found = self._at(which)
+        check_owner([found], self.options.owner)
+        return restore_one(state, found)
 
     def load_best(self, state: TrainState) -> None:
         """Load the best checkpoint into a state, at the end of a run.

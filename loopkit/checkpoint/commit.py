@@ -53,11 +53,13 @@ class Store:
         root: The folder.
         disk: What does the single operations.
         sha256: Whether the manifest has sha256 beside crc32.
+        private: Whether only their owner may open the folders.
     """
 
     root: Path
     disk: Disk
     sha256: bool = False
+    private: bool = False
 
     def make_root(self) -> None:
         """Make the folder where it is not there, and its name durable."""
@@ -67,8 +69,11 @@ class Store:
             missing.append(path)
             path = path.parent
         for path in reversed(missing):
-            self.disk.make_folder(path)
+            self._make_folder(path, private=self.private and path == missing[0])
             self.disk.sync_folder(path.parent)
+
+    def _make_folder(self, path: Path, *, private: bool) -> None:
+        self.disk.make_folder(path, *((0o700,) if private else ()))
 
     def lock(self) -> Lock:
         """Make the folder this process's own.
@@ -87,7 +92,7 @@ class Store:
         """
         temporary = target = self._temporary(manifest.step)
         try:
-            self.disk.make_folder(temporary)
+            self._make_folder(temporary, private=self.private)
             written = {
                 name: write_file(self.disk, temporary / name, chunks, sha256=self.sha256)
                 for name, chunks in files.items()

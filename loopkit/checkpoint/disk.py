@@ -26,9 +26,9 @@ class Disk:
     Permissions are the process's umask's. Nothing is ever opened that exists.
     """
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path, mode: int = 0o777) -> None:
         """Make a folder that is not there."""
-        path.mkdir()
+        path.mkdir(mode)
 
     def create(self, path: Path) -> int:
         """Open a new file for writing."""

@@ -31,7 +31,13 @@ class CheckpointOptions:
         when_busy: A save while another is being written: `"wait"` for it, or `"drop"` this one.
         sha256: Write sha256 beside crc32 and check it. Whoever can change the files can
             change their checksums: keep the manifest's own elsewhere if that matters.
+        private: Make folders that only their owner may open (0700), whatever the umask says.
+        owner: Whose checkpoints are restored: `"any"`; or only those that belong to this user
+            (or root) and that no other may change, with `"warn"` or `"refuse"` for the rest.
         allow_nonfinite: Save parameters that are not finite, too.
+        frozen: Save parameters that do not require gradients, too. Without them a checkpoint of
+            adapters is small; it restores into a model with the very same ones frozen, which
+            keep the values that they have there: those that it was pretrained with.
         disk: What writes; for other kinds of storage, and for tests.
 
     Raises:
@@ -46,5 +52,8 @@ class CheckpointOptions:
     max_failures: int = attrs.field(default=10, validator=_at_least_one)
     when_busy: str = attrs.field(default="wait", validator=_one_of("wait", "drop"))
     sha256: bool = False
+    private: bool = False
+    owner: str = attrs.field(default="any", validator=_one_of("any", "warn", "refuse"))
     allow_nonfinite: bool = False
+    frozen: bool = True
     disk: Disk = attrs.field(factory=Disk, repr=False)

@@ -75,8 +75,12 @@ class Preemption:
         self._mark = _mark_of(state)
 
     def is_between_updates(self) -> bool:
-        """Whether nothing has been done to the state since the run gave it."""
-        return self.state is not None and self._mark == _mark_of(self.state)
+        """Whether nothing has been done to the state since the run gave it.
+
+        Never so for several ranks: what one of them finds the others may not.
+        """
+        alone = self.state is not None and self.state.ranks.size == 1
+        return alone and self._mark == _mark_of(self.state)  # type: ignore[arg-type]
 
     def forget(self) -> None:
         """Let go of the state; its evaluations are no longer stopped."""

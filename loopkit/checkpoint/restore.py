@@ -8,7 +8,7 @@ import attrs
 import torch
 from loguru import logger
 
-from loopkit.checkpoint.difference import check
+from loopkit.checkpoint.difference import check, completed
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded, read
@@ -26,6 +26,18 @@ class Restored:
         checkpoint: The checkpoint.
         skipped: For each one that would have come first: its step, and how it is damaged.
         changes: Settings of the state that are now the checkpoint's.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from loopkit.checkpoint.checkpointer import Checkpointer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpoints:
+        ...     _ = checkpoints.save(state)
+        ...     state.optimizer.param_groups[0]["lr"] = 0.2
+        ...     _ = checkpoints.restore(state)
+        ...     print(checkpoints.restored.changes)
+        ('optimizer: lr of group 0 from 0.2 to 0.1',)
     """
 
     checkpoint: Checkpoint
@@ -69,7 +81,8 @@ def restore_first(
 
 
 def _lines(damage: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-    return tuple(f"step {step}: {found}" for step, found in damage)
+    newest_first = sorted(damage, key=lambda one: -one[0])
+    return tuple(f"step {step}: {found}" for step, found in newest_first)
 
 
 def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
@@ -81,6 +94,7 @@ def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
     """
     loaded = read(checkpoint)
     changes = check(state, checkpoint.manifest, loaded)
+    loaded.state["model"] = completed(state, loaded)
     _apply(state, loaded, checkpoint)
     for change in changes:
         logger.info("restored {}: {}", checkpoint, change)

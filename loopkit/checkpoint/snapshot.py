@@ -8,7 +8,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.checkpoint.difference import classes_of, parameter_names, shown
+from loopkit.checkpoint.difference import (
+    classes_of,
+    frozen_names,
+    parameter_names,
+    shown,
+    without,
+)
 from loopkit.checkpoint.format import Encoder
 from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import SAVE
@@ -57,6 +63,7 @@ def take(
     buffers: dict[str, Tensor],
     *,
     allow_nonfinite: bool,
+    frozen: bool,
 ) -> Snapshot:
     """Copy a state to host memory.
 
@@ -66,17 +73,25 @@ def take(
         scores: What it is saved with.
         buffers: The memory of the last copy; used again, and kept up to date.
         allow_nonfinite: Take parameters that are not finite, too.
+        frozen: Take parameters that do not require gradients, too.
 
     Raises:
         UsageError: If the state holds what is no plain data.
         NonFiniteError: If a parameter is not finite.
     """
-    if not allow_nonfinite:
-        _check_finite(state, state_dict["model"])
+    left_out = [] if frozen else frozen_names(state.model, state_dict["model"])
+    state_dict = {**state_dict, "model": without(state_dict["model"], left_out)}
     encoder = Encoder()
     parts = {name: encoder.encode(part, (name,)) for name, part in state_dict.items()}
     tree = {"state": parts, "parameters": parameter_names(state)}
-    tensors = {n: copy_to_host(t, buffers.get(n)) for n, t in encoder.files.items()}
+    tree |= {"frozen": left_out} if left_out else {}
+    sums = Sums.of(state)
+    watch = {} if allow_nonfinite else {"model": sums.add}
+    tensors = {
+        name: copy_to_host(found, buffers.get(name), seen=watch.get(name))
+        for name, found in encoder.files.items()
+    }
+    sums.check(state, state_dict["model"])
     buffers.clear()
     buffers.update({name: file.body for name, file in tensors.items()})
     return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
@@ -98,14 +113,41 @@ def _manifest(
     )
 
 
-def _check_finite(state: TrainState, weights: Mapping[str, Tensor]) -> None:
-    names = [n for n, p in state.model.named_parameters() if p.is_floating_point() and n in weights]
-    if not names:
-        return
-    # A sum is finite only if all it adds up is, and takes a hundredth of the time of isfinite()
-    sums = [_sum(weights[name]).to(state.device) for name in names]
-    if not bool(torch.stack(sums).isfinite().all()):
-        bad = [name for name in names if not bool(weights[name].isfinite().all())]
+@attrs.frozen
+class Sums:
+    """The sums of a model's parameters: finite only if all they add up are.
+
+    Computing them takes a hundredth of the time of `isfinite()`.
+
+    Attributes:
+        names: The parameters that can be other than finite.
+        found: The sums so far, on the device.
+    """
+
+    names: frozenset[str]
+    found: list[Tensor] = attrs.field(factory=list)
+
+    @classmethod
+    def of(cls, state: TrainState) -> "Sums":
+        """Those of no parameter yet."""
+        named = state.model.named_parameters(remove_duplicate=False)
+        return cls(frozenset(name for name, p in named if p.is_floating_point()))
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Sum one up, if it is a parameter."""
+        if name in self.names:
+            self.found.append(_sum(weight))
+
+    def check(self, state: TrainState, weights: Mapping[str, Tensor]) -> None:
+        """Read them, all at once.
+
+        Raises:
+            NonFiniteError: If a parameter is not finite.
+        """
+        on_device = [total.to(state.device) for total in self.found]
+        if not on_device or bool(torch.stack(on_device).isfinite().all()):
+            return
+        bad = [n for n in weights if n in self.names and not bool(weights[n].isfinite().all())]
         if bad:  # and no sum that overflowed
             raise NonFiniteError(
                 SAVE,

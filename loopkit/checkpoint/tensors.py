@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -82,6 +82,8 @@ def copy_to_host(
     tensors: Mapping[str, Tensor],
     buffer: Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    seen: Callable[[str, Tensor], object] | None = None,
 ) -> TensorFile:
     """A copy of the tensors as they are now, laid out as in the file.
 
@@ -90,6 +92,8 @@ def copy_to_host(
         buffer: The body of an earlier copy, to be written over: copying into memory that was
             used before is many times faster than into fresh memory.
         metadata: Text that the file carries.
+        seen: Called with the name of each tensor, and the tensor, when it has been copied: a
+            look at it then finds it in the processor's cache, and takes half of the time.
 
     Example:
         >>> copy_to_host({"a": torch.ones(2)}).body.view(torch.float32)
@@ -106,6 +110,8 @@ def copy_to_host(
             if begin < end:
                 target = buffer[begin:end].view(tensor.dtype).view(tensor.shape)
                 target.copy_(tensor, non_blocking=pinned)
+                if seen is not None:
+                    seen(name, tensor)
     for device in {tensor.device for tensor in tensors.values()} if pinned else ():
         if device.type != "cpu":
             torch.accelerator.current_stream(device).synchronize()

@@ -17,7 +17,8 @@ from loopkit.extras import extra
 from loopkit.run import run
 from loopkit.state import TrainState
 from loopkit.step import Step
-from loopkit.types import Apply, Recompute, StepFunction
+from loopkit.types import StepFunction, Update
+from loopkit.window import MicroBatches
 
 DIVERGED = 4.0  # times the lowest smoothed loss: Smith's test is over there
 MEMORY = 0.9  # of the running mean that says when it is over
@@ -34,6 +35,11 @@ class LrCurve:
         smoothed: A mean of each and its neighbours, which neither lags nor leads.
         suggestion: Where the smoothed loss falls fastest over log(lr); None if it does not fall.
         diverged: Whether the loss rose again: to twice its lowest, or until the test was over.
+
+    Example:
+        >>> curve = LrCurve((0.1, 0.2), (1.0, 0.5), (1.0, 0.5), 0.1, False)
+        >>> print(str(curve).splitlines()[-1].strip())
+        suggestion (steepest slope): lr=1.0e-01
     """
 
     lrs: tuple[float, ...]
@@ -86,14 +92,14 @@ class LrCurve:
 
 @attrs.frozen
 class SetRate:
-    """The layer nearest to the optimizer: the learning rate of this update of the test."""
+    """The innermost layer of `update`, after any schedule's: the learning rate of the test."""
 
-    inner: Apply
+    inner: Update
     lrs: tuple[float, ...]
     first: int
     ratios: tuple[float, ...]
 
-    def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
+    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         """Set it in every group, in the groups' own ratios."""
         assert state.optimizer is not None
         lr = self.lrs[state.step - self.first]
@@ -102,7 +108,7 @@ class SetRate:
                 group["lr"].fill_(lr * ratio)
             else:
                 group["lr"] = lr * ratio
-        return self.inner(state, recompute)
+        return self.inner(state, window)
 
 
 def find_lr(
@@ -154,7 +160,7 @@ def find_lr(
         rates = [float(group["lr"]) for group in branch.optimizer.param_groups]  # type: ignore[union-attr]
         ratios = tuple(rate / rates[0] if rates[0] else 1.0 for rate in rates)
         layer = functools.partial(SetRate, lrs=lrs, first=branch.step, ratios=ratios)
-        trial = wrap(name="find_lr", apply=layer)(lifted)
+        trial = wrap(name="find_lr", update=layer)(lifted)
         for branch in run(trial, branch, beside(data), max_steps=branch.step + n):
             if not math.isfinite(loss := loss_of(branch)):
                 break

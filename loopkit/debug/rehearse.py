@@ -33,6 +33,12 @@ class Rehearsal:
         updates: The metrics of each update.
         samples: Samples of each update.
         scores: What the evaluation gave; None without one.
+
+    Example:
+        >>> print(Rehearsal("train_step", ({"loss": 0.5},), (32,), None))
+        train_step: 1 update
+          update 1   32 samples  loss 0.5
+          the state is as it was; nothing was saved or logged
     """
 
     step: str
@@ -166,6 +172,11 @@ class Overfit(Updates):
     def total_steps(self) -> int | None:
         """That of the run."""
         return self.run.total_steps
+
+    @property
+    def state(self) -> TrainState:
+        """The copy."""
+        return self.run.state
 
     def close(self) -> None:
         """End it where it is, the run as well."""

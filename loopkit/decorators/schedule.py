@@ -13,7 +13,8 @@ from loopkit.compose import Decorator, compose, wrap
 from loopkit.counting import Count
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
-from loopkit.types import Apply, Recompute, Transform
+from loopkit.types import Transform, Update
+from loopkit.window import MicroBatches
 
 Schedule = Callable[[int], float]
 KEPT_AS = "schedule."
@@ -24,18 +25,18 @@ PLATEAU = "for ReduceLROnPlateau call scheduler.step(score) in your loop"
 class SetValues:
     """A value of the param groups, set for the update that comes."""
 
-    inner: Apply
+    inner: Update
     key: str
     schedule: Schedule | tuple[Schedule, ...]
 
-    def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:
+    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         """Set the value, go on, and count the update if it was applied."""
         count = state.features[KEPT_AS + self.key]
         groups: Any = state.optimizer and state.optimizer.param_groups
         for i, group in enumerate(groups):
             schedule = self.schedule if callable(self.schedule) else self.schedule[i]
             _set(group, self.key, schedule(count.updates))
-        applied = self.inner(state, recompute)
+        applied = self.inner(state, window)
         count.updates += bool(applied)  # waits for the device where the skip was decided on it
         return applied
 
@@ -113,7 +114,7 @@ def _of_key(call: str, key: str, value: Any) -> Decorator:
         )
     make = functools.partial(_make_count, call=call, key=key, schedule=value)
     layer = functools.partial(SetValues, key=key, schedule=value)
-    return wrap(name=call, init={KEPT_AS + key: make}, apply=layer)
+    return wrap(name=call, init={KEPT_AS + key: make}, update=layer)
 
 
 def _with_torch_scheduler(scheduler: Any) -> Decorator:

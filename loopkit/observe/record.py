@@ -42,6 +42,10 @@ class Record:
         samples: Samples so far.
         time: When it was logged, in seconds since 1970.
         values: Numbers and text by name; all on the host, escaped and redacted.
+
+    Example:
+        >>> Record(step=10, epoch=0, samples=320, time=0.0, values={"loss": 0.5}).values
+        {'loss': 0.5}
     """
 
     step: int

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from loopkit.check import one_of, positive
@@ -19,6 +20,7 @@ from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
 from loopkit.parallel.group_ranks import GroupRanks
 from loopkit.parallel.zero import UpdateOwnPart
+from loopkit.rng import seed_apart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
@@ -54,12 +56,16 @@ class Parallelize:
 
     def __call__(self, state: TrainState) -> None:
         """Spread the state over the ranks, if there are several."""
+        started = not dist.is_initialized()
         if join(self.timeout_s):
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
             if state.restored_rng is not None:
                 state.take_rng()
+            elif ranks.rank:
+                seed_apart(ranks.rank)  # the seed is often one for all, and so would dropout be
 
 
 def _check_start(state: TrainState) -> None:
@@ -150,7 +156,8 @@ def distributed(
     The same script runs by `python`, by `torchrun`, by `srun` and by `mpirun`. Each rank reads
     its own share of a loader's batches, so the batch size is per rank; the gradient is that of
     the one mean over the micro-batches of all ranks, weighted where the step function returns
-    weights. The model stays yours: its class (DDP), its `state_dict` keys, and
+    weights. Ranks start from the weights of the first one, and draw random numbers of their own,
+    which follow from the seed. The model stays yours: its class (DDP), its `state_dict` keys, and
     `state.model is model`. An optimizer made before is pointed at the shards.
 
     All ranks skip, raise and stop together. Where one fails, the others end with an error that
@@ -164,7 +171,8 @@ def distributed(
             with weight 0, `"drop"` leaves the round out, `"pad"` repeats batches.
         stream: For data without numbered samples: `"split"`, each rank reads it all and keeps
             its part, or `"sharded"`, it differs on each rank already.
-        timeout_s: Seconds that a rank waits for another before it gives up.
+        timeout_s: Seconds that a rank waits for another before it gives up; until the first
+            update ten minutes at least. A process group of your own keeps its timeout.
 
     Raises:
         UsageError: For a strategy that it does not know.

@@ -132,7 +132,9 @@ class NameTheFailed:
     def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         """The update, or an error that names the rank."""
         try:
-            return self.inner(state, window)
+            applied = self.inner(state, window)
+            state.ranks.updated()
+            return applied
         except Exception as error:
             explain(error, f"update {state.step + 1}")
             raise

@@ -66,10 +66,8 @@ def test_it_stands_over_schedules_and_keeps_the_ratios_of_groups():
 
     flat = lk.with_schedule(lr=[lambda n: 7.0, lambda n: 7.0])(step)
     curve = lk.find_lr(flat, state, make_batches(), start=1e-4, end=1e-2, n=10)
-    assert [row[0] for row in seen[1:]] == pytest.approx(curve.lrs[: len(seen) - 1])
-    assert [row[1] for row in seen[1:]] == pytest.approx(
-        [lr / 10 for lr in curve.lrs[: len(seen) - 1]]
-    )
+    assert [row[0] for row in seen] == pytest.approx(curve.lrs)
+    assert [row[1] for row in seen] == pytest.approx([lr / 10 for lr in curve.lrs])
     assert [group["lr"] for group in state.optimizer.param_groups] == [0.3, 0.03]
 
 

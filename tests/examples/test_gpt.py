@@ -47,3 +47,23 @@ def test_only_grammatical_functions_count():
     assert gpt.is_python("def f(x):\n    return x")
     assert not gpt.is_python("def f(x:\n    return x")
     assert not gpt.is_python("")
+
+
+def on_ranks(strategy, folder, updates):
+    """The example on one of several ranks."""
+    import gpt as example
+
+    texts = example.functions()[:400]
+    example.functions = lambda: texts
+    example.WIDTH, example.LAYERS, example.SAVE_EVERY, example.WRITTEN = 32, 1, 20, 2
+    return example.main(["--updates", str(updates), "--folder", folder, "--strategy", strategy])
+
+
+@pytest.mark.timeout(280)
+def test_it_learns_on_two_ranks_and_goes_on_sharded(tmp_path):
+    """Begun with DDP and gone on with FSDP2: the loss is that of both ranks, and has fallen."""
+    first, second = lk.launch(on_ranks, 2, "ddp", str(tmp_path), 30, timeout_s=250)
+    assert first == second
+    sharded, other = lk.launch(on_ranks, 2, "fsdp", str(tmp_path), 40, timeout_s=250)
+    assert sharded == other
+    assert sharded < first < 4.4

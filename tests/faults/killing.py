@@ -81,16 +81,20 @@ def main(folder, kills, seed):
     torch.set_num_threads(1)
     make_state()  # the first optimizer of a process is slow: half a second of imports
     rng = random.Random(seed)
-    counts = {"kills": 0, "runs": 0, "equal": 0, "wrong": [], "litter": 0}
+    counts = {"kills": 0, "runs": 0, "equal": 0, "wrong": [], "litter": 0, "after a kill": 0}
     _, reader = in_child(lambda: live(folder / "whole", _log(folder / "whole.txt"), rng))
     with os.fdopen(reader) as file:
         whole = file.read()
     while counts["kills"] < kills:
         run, log, result = folder / "run", _log(folder / "log.txt"), None
+        longest_s = 0.25
         while result is None:
             life = functools.partial(live, run, log, random.Random(rng.random()))
-            result = killed(life, rng.uniform(0.0, 0.25))
+            result = killed(life, rng.uniform(0.0, longest_s))
+            longest_s *= 1.1  # also a busy machine comes to an end
             counts["kills"] += result is None
+            left = len([*run.glob(".tmp-*")]) if result is None else 0
+            counts["after a kill"] = max(counts["after a kill"], left)
         counts["runs"] += 1
         counts["equal"] += result == whole
         counts["wrong"] += [result] if result != whole else []

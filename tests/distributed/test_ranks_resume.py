@@ -168,3 +168,36 @@ def test_fewer_samples_than_ranks_are_evaluated(count):
     for scores, outputs in POOL.run(4, evaluated, "fsdp", 1, count, ("accuracy", "top")):
         assert {k: scores[k] for k in expected} == pytest.approx(expected, rel=1e-6)
         assert len(outputs) == count
+
+
+def went_on(kind):
+    """A run over a list, an evaluation in the midst of an epoch, and the run again."""
+    step, state = lk.distributed()(lambda state, batch: state.model(batch).mean()), fresh()
+    data = [torch.full((1, 4), float(i)) for i in range(12)]
+    data = {"list": data, "loader": DataLoader(torch.randn(12, 4))}[kind]
+    for state in lk.run(step, state, data):
+        if state.step == 2:
+            break
+    lk.evaluate(lambda state, batch: {"loss": batch.mean()}, state, [torch.ones(1)] * 3)
+    [*lk.run(step, state, data, max_epochs=1)]
+    return state.step, float(torch.rand(()))
+
+
+@pytest.mark.parametrize("kind", ["list", "loader"])
+def test_an_evaluation_between_two_runs_does_not_begin_the_epoch_anew(kind):
+    """Six updates of two ranks are an epoch of twelve batches; and ranks draw numbers apart."""
+    (first, drawn), (second, other) = POOL.run(2, went_on, kind)
+    assert (first, second) == (6, 6)
+    assert drawn != other
+
+
+def branched():
+    step, state = lk.distributed("fsdp")(dropout_classifier), fresh()
+    step.set_up(state)
+    with pytest.raises(lk.CompositionError, match="each rank holds a part"):
+        state.snapshot()
+
+
+def test_a_state_that_is_spread_is_not_copied():
+    """A snapshot of shards is an error that says what to do."""
+    POOL.run(2, branched)
