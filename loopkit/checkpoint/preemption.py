@@ -79,7 +79,7 @@ class Preemption:
 
         Never so for several ranks: what one of them finds the others may not.
         """
-        alone = self.state is not None and self.state.ranks.size == 1
+        alone = self.state is not None and self.state.ranks.alone
         return alone and self._mark == _mark_of(self.state)  # type: ignore[arg-type]
 
     def forget(self) -> None:

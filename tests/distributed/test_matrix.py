@@ -84,8 +84,15 @@ def compiled(state):
     state.model.compile(backend="aot_eager")
 
 
+def decorated(state):
+    """Says that the decorator compiles."""
+
+
 def trained(model, strategy, function, data, before=None, accumulate=1):
-    layers = [lk.with_clip(0.5), lk.with_ema(0.9)]
+    layers = [lk.with_compile(backend="aot_eager")] * (before is decorated)
+    if before is decorated:  # see `compiled`
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+    layers += [lk.with_clip(0.5), lk.with_ema(0.9)]
     layers += [lk.with_grad_accum(accumulate)] * (accumulate > 1)
     step = lk.compose(*layers, lk.distributed(strategy))(function)
     state = fresh(model)
@@ -100,6 +107,8 @@ def trained(model, strategy, function, data, before=None, accumulate=1):
 CASES = {
     "ddp, compiled": (Blocks, "ddp", classifier, compiled),
     "fsdp, compiled": (Blocks, "fsdp", classifier, compiled),
+    "ddp, with_compile": (Blocks, "ddp", classifier, decorated),
+    "fsdp, with_compile": (Blocks, "fsdp", classifier, decorated),
     "ddp, checkpointed": (Recomputed, "ddp", classifier, None),
     "fsdp, checkpointed": (Recomputed, "fsdp", classifier, None),
     "zero2, checkpointed": (Recomputed, "zero2", classifier, None),
