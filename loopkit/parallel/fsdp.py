@@ -73,7 +73,7 @@ class FSDP:
     """Options of `distributed("fsdp")`; torch's `fully_shard` (FSDP2) does the work.
 
     All ranks have to use the same parameters in each micro-batch, or gradients of unequal size
-    meet, which ends gloo's processes; `lk.DDP(find_unused_parameters=True)` is for models that do not.
+    meet, which ends gloo's processes; `lk.DDP(find_unused_parameters=True)` is for others.
 
     Args:
         blocks: What is gathered and freed together: module types, or names (`"layers.0"`);
