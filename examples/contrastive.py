@@ -138,8 +138,7 @@ def main(argv=None):
     state = lk.TrainState(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
     schedule = lk.warmup(0.1, peak=PEAK_LR) >> lk.cosine()
     step = lk.with_schedule(lr=schedule.over(args.epochs * len(loader)))(train_step)
-    for _ in lk.progress(lk.run(step, state, loader, max_epochs=args.epochs)):
-        pass
+    lk.progress(lk.run(step, state, loader, max_epochs=args.epochs)).finish()
 
     everyone = DataLoader(test, len(test))  # one batch: each chooses among all 400
     scores = lk.evaluate(eval_step, state, everyone)

@@ -136,8 +136,7 @@ def main(argv=None):
     state = lk.TrainState(model, torch.optim.AdamW(model.parameters()))
     schedule = lk.warmup(0.05, peak=PEAK_LR) >> lk.cosine()
     step = lk.with_schedule(lr=schedule.over(args.epochs * len(loader)))(train_step)
-    for _ in lk.progress(lk.run(step, state, loader, max_epochs=args.epochs)):
-        pass
+    lk.progress(lk.run(step, state, loader, max_epochs=args.epochs)).finish()
 
     labels = torch.arange(1500) % 10
     with lk.ema_weights(state):

@@ -79,8 +79,7 @@ def train(step, model, dataset, epochs, peak=3e-3, **extras):
     state = lk.TrainState(model, optimizer, **extras)
     total = epochs * len(loader)
     step = lk.with_schedule(lr=lk.cosine(peak=peak).over(total))(step)
-    for _ in lk.progress(lk.run(step, state, loader, max_epochs=epochs)):
-        pass
+    lk.progress(lk.run(step, state, loader, max_epochs=epochs)).finish()
     return state
 
 

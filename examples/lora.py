@@ -73,19 +73,6 @@ class Classifier(nn.Module):
         return embedded, SHARPNESS * self.head(embedded)
 
 
-def keep_only_what_is_trained(model: nn.Module) -> list[nn.Parameter]:
-    """Leave frozen weights out of the model's `state_dict`, and so out of checkpoints."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def leave_out(_: nn.Module, weights: dict[str, Tensor], *__: object) -> None:
-        for name in weights.keys() - trained.keys():
-            del weights[name]
-
-    model.register_state_dict_post_hook(leave_out)
-    model.register_load_state_dict_post_hook(lambda _, found: found.missing_keys.clear())
-    return [*trained.values()]
-
-
 def step(state: lk.TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """To train, to evaluate and to embed."""
     embedded, logits = state.model(batch["input_ids"], batch["attention_mask"])
@@ -120,7 +107,8 @@ def main(runs: Path) -> tuple[float, float]:
     """Train, or go on; and compare with the encoder as it came."""
     training, in_order, test = loaders(lk.seed_everything(0))
     model = Classifier()
-    state = lk.TrainState(model, torch.optim.AdamW(keep_only_what_is_trained(model), lr=PEAK_LR))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = lk.TrainState(model, torch.optim.AdamW(trained, lr=PEAK_LR))
     embedded, labels, _ = embed(state, in_order)
     means = [embedded[labels == label].mean(0) for label in range(len(PACKAGES))]
     with torch.no_grad():
@@ -129,11 +117,11 @@ def main(runs: Path) -> tuple[float, float]:
 
     lr = (lk.warmup(0.1, peak=PEAK_LR) >> lk.linear()).over(EPOCHS * len(training))
     train_step = lk.compose(lk.with_schedule(lr=lr), lk.with_clip(1.0))(step)
-    with lk.Checkpointer(runs / "checkpoints", every="epoch") as checkpoints:
+    adapters = lk.CheckpointOptions(frozen=False)
+    with lk.Checkpointer(runs / "checkpoints", every="epoch", options=adapters) as checkpoints:
         checkpoints.restore(state)
         run = lk.run(train_step, state, training, max_epochs=EPOCHS)
-        for _ in lk.progress(checkpoints.wrap(run)):
-            pass
+        lk.progress(checkpoints.wrap(run)).finish()
     trained, _, after = embed(state, test)
 
     before, after = before.float().mean().item(), after.float().mean().item()

@@ -88,8 +88,7 @@ def train(step, updates):
     model = network()
     state = lk.TrainState(model, torch.optim.Adam(model.parameters()))
     step = lk.with_schedule(lr=lk.cosine(peak=3e-3).over(updates))(step)
-    for _ in lk.progress(lk.run(step, state, endless(generator), max_steps=updates)):
-        pass
+    lk.progress(lk.run(step, state, endless(generator), max_steps=updates)).finish()
     return state
 
 

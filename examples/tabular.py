@@ -70,15 +70,15 @@ def train(weighted: bool = True) -> tuple[lk.TrainState, list[dict[str, float]],
     state = lk.TrainState(model, optimizer, class_weights=weights)
     loader = DataLoader(training, 32, shuffle=True, generator=generator)
     judged = {"training": DataLoader(training, 500), "validation": DataLoader(validation, 500)}
-    history, best, waited = [], state, 0
+    stop = lk.EarlyStopping("validation/loss", patience=PATIENCE)
+    history, best = [], state
     for state in lk.run(step, state, loader, max_epochs=MAX_EPOCHS):
         if state.epoch_end:
             history.append(lk.evaluate(step, state, judged))
-            losses, waited = [scores["validation/loss"] for scores in history], waited + 1
-            if losses[-1] == min(losses):
-                best, waited = state.snapshot(), 0
-            if waited == PATIENCE:  # lk.EarlyStopping
+            if stop(history[-1]):
                 break
+            if stop.waited == 0:
+                best = state.snapshot()
     confusion = MulticlassConfusionMatrix(2)
     lk.evaluate(step, best, DataLoader(aside, 500), {"confusion": confusion})
     return best, history, confusion.compute().numpy()

@@ -77,7 +77,8 @@ def evaluate(
             or to functions `(preds, target) -> number`, which are called once, with everything,
             on the CPU (scikit-learn's take the target first). A tuple says what a metric reads:
             `{"depth": (metric, "depth", "depth_target")}`.
-        limit_batches: A number of batches, or a fraction of a sized loader.
+        limit_batches: A number of batches, or a fraction of a sized loader; over all ranks, so
+            that the figures do not depend on how many those are.
         inference_mode: `torch.inference_mode`, else `torch.no_grad`.
 
     Returns:
@@ -138,8 +139,10 @@ def outputs_of(
     Raises:
         UsageError: At once, for a limit that cannot be right.
     """
-    data = state.ranks.share(data, "exact")
     limit = batch_limit(data, limit_batches)
+    part = state.ranks.share_once(data, limit_batches)
+    if part is not data:  # it ends at the limit, which is one of the batches of all ranks
+        data, limit = part, known_length(part)
     if known_length(data) is None or limit is None:
         take = functools.partial(_first, limit=limit)
     else:
@@ -165,7 +168,7 @@ def _outputs(
             if type(batch) is Uneven:
                 batch, filler = batch.batch, batch.filler  # noqa: PLW2901
             with context(), step.around(state, True):
-                output = step.forward(state, batch)
+                output = state.ranks.forward(step.forward, state, batch)
             yield batch, output, filler
             if state.preemption is not None:  # on all ranks alike, after each round
                 state.preemption.poll()

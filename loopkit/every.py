@@ -19,6 +19,30 @@ EXAMPLES = '500, "epoch", "0.25ep", "1e6 samples", "10min", or a timedelta'
 Interval = int | str | datetime.timedelta
 
 
+@attrs.frozen
+class Moment:
+    """A state's clock as it was at some update.
+
+    Attributes:
+        step: Updates.
+        samples: Samples.
+        epoch: Epochs, the one that has just ended included.
+        batch: Batches of the next.
+    """
+
+    step: int = 0
+    samples: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    @classmethod
+    def of(cls, state: TrainState) -> "Moment":
+        """The present one."""
+        ended = state.epoch_end
+        batch = 0 if ended else state.batch
+        return cls(state.step, state.samples, state.epoch + ended, batch)
+
+
 @attrs.define(repr=False)
 class Every:
     """Says after each update whether it is time; made by `every`.
@@ -63,25 +87,34 @@ class Every:
         whole = count.denominator == 1  # and quick to divide by
         return cls(interval, int(count) if whole else count, unit, first)
 
-    def __call__(self, state: TrainState) -> bool:
-        """Whether it is time, after the update that the state has just seen."""
-        if self.first and state.step == 1:
+    def __call__(self, state: TrainState, since: Moment | None = None) -> bool:
+        """Whether it is time, after what the state has just seen.
+
+        Args:
+            state: After an update.
+            since: When it was looked at last, where not after each update; the multiple may
+                then lie anywhere between. By default one update before.
+        """
+        if self.unit == "second":
+            return self._time(state)
+        before = max(0, state.step - 1) if since is None else since.step
+        if self.first and before == 0 < state.step:
             return True
         if self.unit == "step":
-            return state.step > 0 and state.step % self.count == 0
+            return self._passed(before, state.step)
         if self.unit == "sample":
-            return self._passed(state.samples - state.outcome.samples, state.samples)
-        if self.unit == "epoch":
-            return self._epoch(state)
-        return self._time(state)
+            samples = state.samples - state.outcome.samples if since is None else since.samples
+            return self._passed(samples, state.samples)
+        return self._epoch(state, since)
 
     def _passed(self, before: int | Fraction, now: int | Fraction) -> bool:
         """Whether a multiple of the interval lies in (before, now]."""
         return now // self.count > before // self.count
 
-    def _epoch(self, state: TrainState) -> bool:
+    def _epoch(self, state: TrainState, since: Moment | None) -> bool:
+        now = Moment.of(state)
         if self.count.denominator == 1:
-            return state.epoch_end and (state.epoch + 1) % self.count == 0
+            return self._passed(state.epoch if since is None else since.epoch, now.epoch)
         length = state.epoch_batches
         if length is None:
             raise DataError(
@@ -90,8 +123,10 @@ class Every:
                 " an epoch is not known",
                 'lk.every(500), lk.every("epoch"), or data with a length',
             )
-        now = state.epoch + Fraction(state.batch, length)
-        return self._passed(now - Fraction(state.taken, length), now)
+        end = now.epoch + Fraction(now.batch, length)
+        if since is None:
+            return self._passed(end - Fraction(state.taken, length), end)
+        return self._passed(since.epoch + Fraction(since.batch, length), end)
 
     def _time(self, state: TrainState) -> bool:
         now = time.monotonic()
@@ -113,6 +148,7 @@ def every(interval: Interval, *, first: bool = False) -> Every:
     resumed run is answered as the first would have been. Time is no such function: it counts
     from when `every` was called, then from when it was last true, so that a resumed run
     counts anew. Several ranks agree on it in a small exchange, so all of them have to ask.
+    Who looks less often than after each update says when that was last: `due(state, since)`.
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)

@@ -42,7 +42,7 @@ def predict(
         step: An eval step, or a plain function; only its forward runs.
         state: What predicts.
         data: Batches, in order.
-        limit_batches: A number of batches, or a fraction of a sized loader.
+        limit_batches: A number of batches, or a fraction of a sized loader; over all ranks.
         inference_mode: `torch.inference_mode`, else `torch.no_grad`.
 
     Raises:

@@ -52,8 +52,12 @@ class Ranks:
         """The largest on any rank, in place."""
         return tensor
 
-    def share(self, data: Any, uneven: str | None = None) -> Any:  # noqa: ARG002
-        """This rank's part of some data."""
+    def share(self, data: Any) -> Any:
+        """This rank's part of some data, for a run: the same one each time."""
+        return data
+
+    def share_once(self, data: Any, limit_batches: float | None = None) -> Any:  # noqa: ARG002
+        """This rank's part of some data, to be read by itself; of all ranks' first batches."""
         return data
 
     def agree(self, flag: int) -> int:
@@ -94,6 +98,9 @@ class Ranks:
 
     def settle(self, state: Any) -> None:
         """What follows loading a state dict."""
+
+    def updated(self) -> None:
+        """What follows each update."""
 
     def begin_evaluation(self, model: torch.nn.Module) -> None:
         """Make what only one rank's copy has right the same on all: buffers."""

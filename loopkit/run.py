@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import attrs
+from loguru import logger
 
 from loopkit.compose import train_step
 from loopkit.errors import DataError, UsageError
@@ -63,6 +64,8 @@ class Loop:
         deadline = time.monotonic() + (self.limits.seconds or math.inf)
         timed = self.limits.seconds is not None
         self._start()
+        if self._ended() and state.ranks.is_first:
+            logger.info("{} has come to the end of its run: no update is left to do", state)
         with Interruptible() as interrupt:
             while not self._ended() and not (timed and self._is_over(deadline)):
                 before = state.step
@@ -194,9 +197,10 @@ class Loop:
 class Run(Updates):
     """An iterator over the states of a training run, once for each update; made by `run`.
 
-    `break` when you like: the state is then as after its last update. As a context
-    manager (`with run(...) as updates:`) it ends its data workers at the end of the
-    block, otherwise when it is dropped.
+    `for state in run(...)`, or `run(...).finish()` where the loop would have no body. `break`
+    when you like: the state is then as after its last update. As a context manager (`with
+    run(...) as updates:`) it ends its data workers at the end of the block, otherwise when it
+    is dropped.
 
     Attributes:
         step: What is called for each update.
@@ -229,6 +233,13 @@ class Run(Updates):
         """
         return self._loop.total_steps()
 
+    @property
+    def endless(self) -> bool:
+        """Whether nothing but a `break` ends it: no limit, and data to be read again and again."""
+        limits = self.limits
+        limited = any(x is not None for x in (limits.epochs, limits.steps, limits.seconds))
+        return not limited and not isinstance(self.data, Iterator)
+
 
 def run(
     step: Step | StepFunction,
@@ -243,7 +254,8 @@ def run(
     """Call the step on the data and yield the state after each update.
 
     `for state in run(step, state, loader, max_epochs=3): ...`; the body runs between
-    updates, and may evaluate, log, save, or break. Where the step accumulates
+    updates, and may evaluate, log, save, or break; where there is nothing to do between them,
+    `state = run(step, state, loader, max_epochs=3).finish()`. Where the step accumulates
     gradients `run` makes its windows. Limits are totals of the state's clock, so a run
     that was resumed ends where the first would have; without any it goes on until you break.
 
@@ -258,7 +270,7 @@ def run(
         limit_batches: Batches of each epoch: a number, or a fraction of a sized loader.
 
     Returns:
-        An iterator, and context manager, with `.total_steps`.
+        An iterator, and context manager, with `.total_steps` and `.finish()`.
 
     Raises:
         UsageError: For a limit that cannot be right.

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR
 
 from loopkit.checked import check_model, check_optimizer
 from loopkit.errors import CompositionError, UsageError
@@ -35,7 +36,8 @@ class TrainState:
         optimizer: Over the model's parameters, or some of them. May be left out
             where the state is only evaluated.
         **extras: Things of your own that travel with the state, in `state.extras`.
-            What has `state_dict`, or is plain data, is part of a checkpoint.
+            What has `state_dict`, or is plain data (numbers, text, tensors, arrays, and
+            containers of those), is part of a checkpoint.
 
     Attributes:
         step: Updates so far, one for each call of a step, skipped ones included.
@@ -290,9 +292,9 @@ class TrainState:
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
         self.data, self.position = None, Position(**copy.deepcopy(dict(state_dict["data"])))
-        pending = copy.deepcopy(dict(state_dict["features"]))
-        restore(self.features, {k: pending.pop(k) for k in [*pending] if k in self.features})
-        self.pending = pending
+        waiting = dict(state_dict["features"])
+        restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
+        self.pending = copy.deepcopy(waiting)
         restore(self.extras, state_dict["extras"])
         self.ranks.settle(self)
         self.restored_rng = state_dict["rng"].get("ranks") or [state_dict["rng"]]
@@ -326,21 +328,18 @@ class TrainState:
             )
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
-        branch.window, branch.output, branch.graph, branch.attached, branch.votes = (
-            ((), 0),
-            None,
-            None,
-            {},
-            [],
-        )
+        branch.window, branch.output, branch.graph = ((), 0), None, None
+        branch.attached, branch.votes = {}, []
         branch.ranks = ALONE  # what spreads it holds this model: the branch is spread anew
         branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):
             setattr(branch, name, copy.deepcopy(getattr(self, name), memo))
-        if branch.optimizer is not None:
-            # A torch scheduler puts a wrapper of the first optimizer's `step` on the instance
-            # (torch.optim.lr_scheduler, patch_track_step_called); the copy must step itself.
+        if branch.optimizer is not None and "step" in vars(self.optimizer):
+            # By a wrapper of `step` on the instance a torch scheduler knows that it was called
+            # (torch.optim.lr_scheduler, patch_track_step_called). The copy needs one of its
+            # own, or its schedulers warn; any new one puts it there, and this changes no value.
             vars(branch.optimizer).pop("step", None)
+            ConstantLR(branch.optimizer, factor=1.0)
         return branch
 
 

@@ -34,6 +34,31 @@ class Updates:
     ) -> None:
         self.close()
 
+    def finish(self) -> TrainState:
+        """Go on to the end, and return the state: a loop without a body.
+
+        Raises:
+            UsageError: For a run without a limit, which only a `break` ends; and where nothing
+                says which state it is, as no update was left.
+        """
+        if getattr(self, "endless", False):
+            raise UsageError(
+                "run(...).finish()",
+                "a run without an end",
+                "max_epochs, max_steps or max_time; or a loop that breaks",
+            )
+        state: TrainState | None = getattr(self, "state", None)
+        with self:
+            for state in self:  # noqa: B007
+                pass
+        if state is None:
+            raise UsageError(
+                f"{type(self).__name__}.finish()",
+                "no update, and an iterator without `.state`",
+                "the state that you gave it",
+            )
+        return state
+
     def close(self) -> None:
         """End it where it is, and what it reads from."""
         self._states.close()
@@ -64,6 +89,11 @@ class Adapted(Updates):
         """That of the run, if it says which."""
         return getattr(self.run, "state", None)
 
+    @property
+    def endless(self) -> bool:
+        """Whether nothing but a `break` ends it, as far as the run says."""
+        return getattr(self.run, "endless", False)
+
     def close(self) -> None:
         """End it where it is, the run as well."""
         super().close()
@@ -90,8 +120,8 @@ def adaptor(
 ) -> Callable[Concatenate[Iterable[TrainState], P], Adapted]:
     """Make a generator function over states an adaptor of runs, like `progress`.
 
-    What it returns keeps `.total_steps`, `.state` and `.close()` of the run, and is a context
-    manager, so that adaptors can be put round each other in any order.
+    What it returns has `.finish()`, keeps `.total_steps`, `.state` and `.close()` of the run, and
+    is a context manager, so that adaptors can be put round each other in any order.
 
     Args:
         function: Takes an iterable of states and settings, and yields each state.

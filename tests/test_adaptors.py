@@ -5,6 +5,7 @@ import itertools
 
 import loopkit as lk
 import pytest
+from loopkit.testing import assert_bitwise_equal
 
 from problems import classifier, make_batches, make_state
 
@@ -51,6 +52,57 @@ def test_adaptors_compose_in_any_order(tmp_path, outer, inner):
     assert next(run, None) is None
     assert next(updates, None) is None
     assert state.step == 5
+
+
+@pytest.mark.parametrize(("outer", "inner"), PAIRS[::5])
+def test_finish_drives_any_chain_to_its_end(tmp_path, outer, inner):
+    """It gives the run's state after all updates, and again where none is left to do."""
+    made, state, plain = adaptors(tmp_path), make_state(), make_state()
+    for _ in range(2):
+        run = made[outer](made[inner](lk.run(classifier, state, make_batches(), max_epochs=2)))
+        assert run.finish() is state
+    assert lk.run(classifier, plain, make_batches(), max_epochs=2).finish() is plain
+    assert_bitwise_equal(state.model.state_dict(), plain.model.state_dict())
+    assert (state.step, plain.step) == (14, 14)
+
+
+def test_finish_goes_on_from_where_the_run_is_and_ends_its_data_when_it_fails():
+    """After some updates of a loop it does the rest; an error ends what is read from."""
+    run = lk.run(classifier, make_state(), make_batches(), max_epochs=1)
+    assert next(run).step == 1
+    assert run.finish().step == 7
+
+    ended = []
+
+    def batches():
+        try:
+            yield from [*make_batches(3), None]
+        finally:
+            ended.append(True)
+
+    with pytest.raises(TypeError):
+        lk.throughput(lk.run(classifier, make_state(), batches(), max_epochs=1)).finish()
+    assert ended == [True]
+
+
+def test_finish_of_an_iterator_without_a_state_gives_the_last_one_it_yields():
+    """An adaptor of any generator has it, as long as there is an update."""
+    state = make_state()
+    run = lk.run(classifier, state, make_batches(2), max_epochs=1)
+    assert noted((s for s in run), []).finish() is state
+    with pytest.raises(lk.UsageError, match="no update"):
+        noted(iter(()), []).finish()
+
+
+@pytest.mark.parametrize("wrapped", [lk.throughput, lambda run: run])
+def test_to_finish_what_has_no_end_is_an_error(wrapped):
+    """Without a limit only a break ends a run; an iterator does, which can be read once."""
+    state = make_state()
+    with pytest.raises(lk.UsageError, match=r"without an end\n.*max_epochs, max_steps or max_time"):
+        wrapped(lk.run(classifier, state, make_batches())).finish()
+    assert state.step == 0
+    assert wrapped(lk.run(classifier, state, iter(make_batches(3)))).finish().step == 3
+    assert wrapped(lk.run(classifier, state, make_batches(3), max_time=0.05)).finish() is state
 
 
 def test_a_break_ends_what_is_within():

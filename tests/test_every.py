@@ -79,6 +79,67 @@ def test_parts_of_epochs_are_counted_exactly(numerator, denominator, size, batch
     assert found == wanted
 
 
+def sparse(step, state, by, **limits):
+    """A generator of one's own: it yields after every `by`-th update, and at the end."""
+    run = lk.run(step, state, make_batches(8), **limits)
+    for updated in run:
+        if updated.step % by == 0 or updated.step == run.total_steps:
+            yield updated
+
+
+@pytest.mark.parametrize("interval", [5, 50, "2ep", "0.3ep", "37 samples"])
+@pytest.mark.parametrize("by", [7, 16])
+@pytest.mark.parametrize("cut", [0, 21])
+@pytest.mark.parametrize("with_run", [False, True])
+def test_a_save_is_due_when_a_multiple_lies_among_the_updates_of_a_look(
+    interval, by, cut, with_run, tmp_path
+):
+    """Looked at every so many updates, what is saved is the first look after each multiple.
+
+    So it is when it was stopped at a look and restored into a fresh state; parts of epochs may
+    be saved once more then, where the iterator does not say which state it will yield.
+    """
+    cut = cut // by * by
+    units = {"2ep": 16, "0.3ep": Fraction(24, 10)}
+    size = units.get(interval, Fraction(37, 5) if interval == "37 samples" else interval)
+    looks = sorted({*range(by, 41, by), 40})
+    wanted = [n for o, n in itertools.pairwise([0, *looks]) if n // size > o // size]
+    found = []
+
+    class Noting(lk.Checkpointer):
+        def save(self, state, scores=None):
+            found.append(state.step)
+            return super().save(state, scores)
+
+    for end in sorted({cut, 40} - {0}):
+        state = make_state()
+        with Noting(tmp_path, every=interval, keep_last=None) as checkpoints:
+            checkpoints.restore(state)
+            states = sparse(classifier, state, by, max_steps=end)
+            if with_run:
+                states = lk.adaptor(lambda run: sparse(classifier, run.state, by, max_steps=end))(
+                    lk.run(classifier, state, make_batches(8))
+                )
+            for _ in checkpoints.wrap(states):
+                pass
+    extra = {*found} - {*wanted, cut, 40}
+    assert sorted({*found} - extra) == sorted({*wanted, cut, 40} - {0})
+    if not with_run and cut and interval == "0.3ep":
+        assert extra <= {next(look for look in looks if look > cut)}
+    else:
+        assert not extra
+
+
+def test_a_log_is_due_when_a_multiple_lies_among_the_updates_of_a_look(tmp_path):
+    """Looked at every 7th update, a log of every 10 has the first look after each ten."""
+    state = make_state()
+    with lk.Log(tmp_path, "csv") as log:
+        for _ in log.wrap(sparse(classifier, state, 7, max_steps=42), every=10):
+            pass
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == [14, 21, 35, 42]
+
+
 def test_a_limited_epoch_is_the_epoch():
     """With limit_batches the parts are those of the batches that are taken."""
     assert due_steps("0.5ep", max_epochs=2, limit_batches=4) == [2, 4, 6, 8]

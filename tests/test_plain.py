@@ -3,6 +3,7 @@
 import collections
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,11 +63,20 @@ def test_what_json_has_no_word_for_is_plain_all_the_same(value):
 @pytest.mark.parametrize(
     "value",
     [object(), len, int, {(1, 2): 3}, {None: 1}, {1.5: 1}, {"a": {len}},
-     collections.deque(), torch.float32, nn.Linear(1, 1)],
+     collections.deque(), torch.float32, nn.Linear(1, 1),
+     np.array(["a"]), np.array([None]), np.ma.array([1, 2], mask=[0, 1]), np.datetime64(0, "s")],
 )  # fmt: skip
 def test_what_needs_code_to_load_is_not_plain(value):
     """Functions, classes, other containers, and dicts with other keys are left out."""
     assert not is_plain(value)
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i1", "i8", "u2", "u4", "u8", "?", "c8", "c16"])
+def test_arrays_and_scalars_of_numbers_are_plain(kind):
+    """NumPy's arrays and scalars, alone and in containers, in either order of bytes."""
+    for dtype in (np.dtype(kind), np.dtype(kind).newbyteorder()):
+        assert is_plain(np.ones((2, 3), dtype))
+        assert is_plain({"in": [np.ones((), dtype)[()]]})
 
 
 def test_what_can_be_restored_is_stateful():

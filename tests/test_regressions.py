@@ -3,8 +3,10 @@
 import copy
 import functools
 import math
+import warnings
 
 import loopkit as lk
+import numpy as np
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
@@ -258,3 +260,109 @@ def test_data_made_with_the_weights_is_made_after_the_update():
         step = classifier if window is None else lk.with_grad_accum(window)(classifier)
         assert len([*lk.run(step, state, rollouts(), max_steps=3)]) == 3
         assert made_at == expected
+
+
+ARRAYS = {
+    "floats": np.array([1.5, -0.0, math.nan], np.float32), "empty": np.zeros((0, 3), np.uint16),
+    "big-endian": np.arange(4, dtype=">i2"), "complex": np.array([[1 + 2j]]),
+    "0-d": np.array(5), "scalar": np.float32(0.1), "number": np.float64(0.1),
+    "flags": [np.bool_(True), {"mask": np.array([True, False])}],
+}  # fmt: skip
+
+
+def test_numpy_extras_are_saved_and_restored_as_what_they_were(tmp_path):
+    """Arrays come back as writable arrays, scalars as scalars, of the same dtype and bits."""
+    state, fresh = make_state(), make_state()
+    state.extras |= ARRAYS
+    fresh.extras["floats"] = np.ones(3, np.float32)
+    with lk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        assert checkpoints.restore(fresh)
+    native = {**ARRAYS, "big-endian": np.arange(4, dtype=np.int16)}
+    assert_bitwise_equal(fresh.extras, native)
+    for name, value in native.items():
+        assert type(fresh.extras[name]) is type(value)
+        assert getattr(fresh.extras[name], "dtype", None) == getattr(value, "dtype", None)
+    fresh.extras["floats"][0] = 7
+
+
+def test_what_a_state_dict_gave_is_no_longer_the_state_of_arrays():
+    """An array that is changed in place after it was loaded changes nothing elsewhere."""
+    first, second = make_state(), make_state()
+    first.extras["seen"] = np.zeros(2)
+    second.load_state_dict(first.state_dict())
+    second.extras["seen"] += 1
+    assert_bitwise_equal(first.extras["seen"], np.zeros(2))
+
+
+def test_extras_that_cannot_be_saved_are_told_of_once(tmp_path):
+    """A save names them, and their types, where it was called; the next one does not again."""
+    state = make_state()
+    state.extras |= {"tokenize": str.split, "kept": 3, "words": np.array(["a"])}
+    with lk.Checkpointer(tmp_path) as checkpoints:
+        with pytest.warns(lk.CheckpointWarning, match=r"tokenize \(method_d.*words \(nda") as told:
+            assert checkpoints.save(state)
+        assert [w.filename for w in told] == [__file__]
+        assert checkpoints.save(state)
+        restored = make_state()
+        restored.extras["tokenize"] = str.lower
+        assert checkpoints.restore(restored)
+    assert restored.extras == {"tokenize": str.lower, "kept": 3}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (np.array([0.0, 1.0]), np.array([-0.0, 1.0]), "differs in 1 of 2"),
+        (np.ones(2), np.ones(2, np.float32), r"float64\[2\], not float32\[2\]"),
+        (np.ones(2), np.ones((2, 1)), r"\[2\], not float64\[2, 1\]"),
+        (np.ones(2), torch.ones(2), "ndarray, not a Tensor"),
+        ([1.0, 1.0], np.ones(2), "list, not a ndarray"),
+        (np.array(["a", None]), np.array(["a", "b"], object), "is None, not 'b'"),
+    ],
+)
+def test_arrays_are_compared_bit_for_bit(ours, theirs, message):
+    """Arrays that differ in a bit, a dtype, a shape or a type are not equal; others are."""
+    with pytest.raises(AssertionError, match=message):
+        assert_bitwise_equal({"a": ours}, {"a": theirs})
+    assert_bitwise_equal({"a": copy.deepcopy(ours)}, {"a": ours})
+
+
+def test_an_extra_gets_copies_of_what_another_state_gave():
+    """What an extra's own load_state_dict keeps is not the other state's."""
+
+    class Seen:
+        def __init__(self):
+            self.found = [torch.zeros(1)]
+
+        def state_dict(self):
+            return {"found": self.found}
+
+        def load_state_dict(self, state_dict):
+            self.found = state_dict["found"]
+
+    first, second = make_state(), make_state()
+    first.extras["seen"], second.extras["seen"] = Seen(), Seen()
+    second.load_state_dict(first.state_dict())
+    second.extras["seen"].found[0] += 1
+    second.extras["seen"].found.append(3)
+    assert_bitwise_equal(first.extras["seen"].found, [torch.zeros(1)])
+
+
+def test_a_branch_with_a_new_torch_scheduler_trains_without_a_warning():
+    """A copy steps its own optimizer, in torch's eyes too, and with the same numbers."""
+    state = make_state()
+    scheduler = LinearLR(state.optimizer, start_factor=0.1, total_iters=4)
+    step = lk.with_schedule(lambda optimizer: scheduler)(classifier)
+    step.set_up(state)
+    branch = state.snapshot()
+    assert branch.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in make_batches(3):
+            step(branch, batch)
+            assert branch.step > state.step
+    for batch in make_batches(3):
+        step(state, batch)
+    assert_bitwise_equal(branch.model.state_dict(), state.model.state_dict())
+    assert branch.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]

@@ -4,6 +4,7 @@ import loopkit as lk
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 
 from feeds import (
     LIMITS,
@@ -120,3 +121,23 @@ def test_an_exception_in_the_step_leaves_a_state_to_go_on_from():
     for _ in lk.run(fragile, state, data, max_epochs=1):
         pass
     assert seen.numbers == [0, 1, 2, 3]
+
+
+def test_a_run_with_nothing_left_to_do_says_so_in_the_log():
+    """One line where the state has come to the end already, and none where it trains."""
+    lines = []
+    logger.enable("loopkit")
+    sink = logger.add(lines.append, format="{message}", level="INFO")
+    try:
+        state = tiny_state()
+        lk.run(Seen(), state, numbered(3), max_epochs=2).finish()
+        assert lines == []
+        assert [*lk.run(Seen(), state, numbered(3), max_epochs=2)] == []
+        assert len(lines) == 1
+        assert "step=6, epoch=2" in lines[0]
+        assert "no update is left" in lines[0]
+        lk.run(Seen(), state, numbered(3), max_steps=4).finish()
+        assert len(lines) == 2
+    finally:
+        logger.remove(sink)
+        logger.disable("loopkit")

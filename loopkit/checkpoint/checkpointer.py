@@ -26,7 +26,7 @@ from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving, together
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
-from loopkit.every import Every, Interval
+from loopkit.every import Every, Interval, Moment
 from loopkit.state import TrainState
 
 
@@ -172,7 +172,8 @@ class Checkpointer:
     def ensure(self, state: TrainState) -> bool:
         """Have a state on disk when this returns: save it, unless that is done, and wait.
 
-        An earlier save that failed is no reason not to try this one.
+        An earlier save that failed is no reason not to try this one. Of several ranks all have
+        to call it.
 
         Raises:
             CheckpointError: If it could not be saved, and `options` do not say to go on.
@@ -181,7 +182,8 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             logger.warning("{}", error)
-        if self._saved_step == state.step and not self.failures:
+        done = self._saved_step == state.step and not self.failures
+        if not state.ranks.agree(not done):  # the first rank alone knows of a save that failed
             return True
         return self.save(state) and self.wait()
 
@@ -197,7 +199,8 @@ class Checkpointer:
         """The states of `run`, saved every so often, and at its end.
 
         `for state in checkpoints.wrap(run(...)): ...`; a state is saved when the body of the
-        loop is through with it, without scores, unless the body saved it.
+        loop is through with it, without scores, unless the body saved it. A `run` of your own
+        may yield once for many updates: it is time when a multiple lies among them.
 
         Raises:
             UsageError: Without `every`.
@@ -208,7 +211,14 @@ class Checkpointer:
                 "a Checkpointer that does not say how often",
                 'Checkpointer(dir, every=500), every="10min" or every="epoch"',
             )
-        return Saving(run, self._how_often(), self._save_once, self.wait)
+        return Saving(run, self._how_often(), self._save_once, self.wait, self._restored_at())
+
+    def _restored_at(self) -> Moment:
+        """Where a run goes on; no part of an epoch, which at worst saves once more."""
+        if self.restored is None:
+            return Moment()
+        manifest = self.restored.checkpoint.manifest
+        return Moment(manifest.step, manifest.samples, manifest.epoch)
 
     def _how_often(self) -> Every:
         assert self.every is not None

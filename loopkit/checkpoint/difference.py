@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded
 from loopkit.errors import CheckpointError
-from loopkit.plain import is_stateful, saveable
+from loopkit.plain import is_plain, is_stateful
 from loopkit.state import TrainState
 
 SHOWN = 5  # of a list of names; the rest is counted
@@ -44,12 +44,30 @@ def parameter_names(state: TrainState) -> list[list[str]]:
     return [[names.get(id(p), "") for p in group["params"]] for group in groups]
 
 
+def frozen_names(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
+    """The names among `weights` of parameters that do not require gradients, tied ones too."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, p in named if name in weights and not p.requires_grad]
+
+
+def without(weights: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The weights but for those of the names."""
+    return {name: weight for name, weight in weights.items() if name not in {*names}}
+
+
+def completed(state: TrainState, loaded: Loaded) -> dict[str, Any]:
+    """The checkpoint's weights, and the state's own where frozen ones were left out."""
+    here, saved = state.model.state_dict(), loaded.state["model"]
+    return {**saved, **{name: here[name] for name in loaded.frozen if name in here}}
+
+
 def differences(state: TrainState, manifest: Manifest, loaded: Loaded) -> Differences:
     """Compare a state with what a checkpoint holds; nothing is changed."""
     fatal = [
         *_class_differences(state, manifest),
         *_extras_differences(state, loaded),
-        *_model_differences(state.model.state_dict(), loaded.state["model"]),
+        *_frozen_differences(state, loaded),
+        *_model_differences(state.model.state_dict(), completed(state, loaded)),
         *_parameter_differences(parameter_names(state), loaded),
     ]
     changes = [] if fatal else [*_dtype_changes(state, loaded), *_value_changes(state, loaded)]
@@ -71,12 +89,21 @@ def _class_differences(state: TrainState, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: {saved[name]} in the checkpoint, {here[name]} in the state"
 
 
+def _frozen_differences(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    weights = state.model.state_dict()
+    frozen = {*frozen_names(state.model, weights)}
+    if gone := [name for name in loaded.frozen if name not in weights]:
+        yield f"model: {shown(gone)} left out of the checkpoint as frozen, not in the state"
+    if trained := [name for name in loaded.frozen if name in weights and name not in frozen]:
+        yield f"model: {shown(trained)} left out of the checkpoint as frozen, trained in the state"
+
+
 def _extras_differences(state: TrainState, loaded: Loaded) -> Iterator[str]:
     """Plain data that the state would keep as it is, where all else goes back."""
     if state.optimizer is None:
         return
-    here = {name for name, value in state.extras.items() if not is_stateful(value)}
-    for name in sorted(here & saveable(state.extras).keys() - loaded.state["extras"].keys()):
+    here = {n for n, value in state.extras.items() if is_plain(value) and not is_stateful(value)}
+    for name in sorted(here - loaded.state["extras"].keys()):
         yield f"extras.{name}: in the state, not in the checkpoint"
 
 
@@ -107,8 +134,9 @@ def _parameter_differences(here: list[list[str]], loaded: Loaded) -> Iterator[st
 
 
 def _dtype_changes(state: TrainState, loaded: Loaded) -> Iterator[str]:
+    weights = completed(state, loaded)
     for name, tensor in state.model.state_dict().items():
-        saved = loaded.state["model"][name]
+        saved = weights[name]
         if isinstance(tensor, Tensor) and tensor.dtype != getattr(saved, "dtype", None):
             yield f"model: {name} from {getattr(saved, 'dtype', saved)} to {tensor.dtype}"
 

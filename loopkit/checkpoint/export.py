@@ -12,7 +12,7 @@ import attrs
 from torch import Tensor, nn
 
 from loopkit.checkpoint.commit import write_file
-from loopkit.checkpoint.difference import mismatched, shown
+from loopkit.checkpoint.difference import frozen_names, mismatched, shown, without
 from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
 from loopkit.checkpoint.folder import read_checkpoint
 from loopkit.checkpoint.format import Encoder
@@ -56,7 +56,7 @@ class WeightsReport:
         return "\n".join([f"{len(self.loaded)} loaded", *lines])
 
 
-def export(state: TrainState | nn.Module, path: str | Place) -> Place:
+def export(state: TrainState | nn.Module, path: str | Place, *, frozen: bool = True) -> Place:
     """Write the model's weights to a safetensors file: complete, or not at all.
 
     The keys are those of `model.state_dict()`; weights that are tied are written once, and
@@ -66,6 +66,8 @@ def export(state: TrainState | nn.Module, path: str | Place) -> Place:
         state: A state, or a model.
         path: The file; its folder is made, and a file that is there is replaced. Or an address
             in an object store.
+        frozen: Write parameters that do not require gradients, too; False leaves what adapters
+            are. `load_weights(model, path, strict=False)` reports those as missing.
 
     Returns:
         The path.
@@ -82,7 +84,9 @@ def export(state: TrainState | nn.Module, path: str | Place) -> Place:
     """
     model, path = state if isinstance(state, nn.Module) else state.model, place_of(path)
     encoder = Encoder()
-    tree = encoder.encode({"model": dict(model.state_dict())})["model"]
+    weights = model.state_dict()
+    weights = without(weights, [] if frozen else frozen_names(model, weights))
+    tree = encoder.encode({"model": weights})["model"]
     if others := [n for n, node in tree.items() if not (type(node) is dict and "$tensor" in node)]:
         raise UsageError(
             f"lk.export(state, {str(path)!r})",

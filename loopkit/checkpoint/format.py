@@ -97,14 +97,17 @@ class Encoder:
 
     def _other(self, value: Any, path: Path) -> Json:
         numpy = sys.modules.get("numpy")
+        if isinstance(value, str | bytes):  # of a StrEnum or of NumPy: equal to their values
+            return self.encode(str.__str__(value) if isinstance(value, str) else bytes(value), path)
         if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
             tag = "$array" if isinstance(value, numpy.ndarray) else "$scalar"
             try:
-                return {tag: self._tensor(torch.from_numpy(numpy.array(value)), path)}
+                native = numpy.array(value, dtype=value.dtype.newbyteorder("="))
+                return {tag: self._tensor(torch.from_numpy(native), path)}
             except TypeError as error:
                 found = f"a NumPy array of dtype {value.dtype} at {_at(path)}"
                 raise UsageError(SAVE, found, PLAIN_DATA) from error
-        if isinstance(value, int | float | str):  # of an IntEnum or StrEnum: equal to their values
+        if isinstance(value, int | float):  # of an IntEnum
             return self.encode(json.loads(json.dumps(value)), path)
         found = f"a {type(value).__module__}.{type(value).__qualname__} at {_at(path)}"
         raise UsageError(SAVE, found, PLAIN_DATA)

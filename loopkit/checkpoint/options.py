@@ -35,6 +35,9 @@ class CheckpointOptions:
         owner: Whose checkpoints are restored: `"any"`; or only those that belong to this user
             (or root) and that no other may change, with `"warn"` or `"refuse"` for the rest.
         allow_nonfinite: Save parameters that are not finite, too.
+        frozen: Save parameters that do not require gradients, too. Without them a checkpoint of
+            adapters is small; it restores into a model with the very same ones frozen, which
+            keep the values that they have there: those that it was pretrained with.
         disk: What writes; for other kinds of storage, and for tests.
 
     Raises:
@@ -52,4 +55,5 @@ class CheckpointOptions:
     private: bool = False
     owner: str = attrs.field(default="any", validator=_one_of("any", "warn", "refuse"))
     allow_nonfinite: bool = False
+    frozen: bool = True
     disk: Disk = attrs.field(factory=Disk, repr=False)

@@ -93,7 +93,7 @@ class Preemption:
 
         Several ranks save together, so not where one of them left at a signal of its own.
         """
-        alone = self.state is not None and self.state.ranks.size == 1
+        alone = self.state is not None and self.state.ranks.alone
         if self.asked or (self.notice.signum and alone):
             self.save()
 

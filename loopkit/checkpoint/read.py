@@ -24,10 +24,12 @@ class Loaded:
     Attributes:
         state: As `TrainState.state_dict` gave it.
         parameters: The optimizer's parameters by name, for each of its groups.
+        frozen: The model's parameters that were left out, as they did not require gradients.
     """
 
     state: dict[str, Any]
     parameters: list[list[str]]
+    frozen: list[str] = attrs.field(factory=list)
 
 
 MALFORMED = (
@@ -87,7 +89,7 @@ def _check_types(loaded: Loaded) -> None:
     dicts += [loaded.state["optimizer"]] if loaded.state["optimizer"] is not None else []
     groups = (loaded.state["optimizer"] or {}).get("param_groups", [])
     if not all(isinstance(part, dict) for part in [*dicts, *groups]) or not all(
-        isinstance(names, list) for names in [loaded.parameters, *loaded.parameters]
+        isinstance(names, list) for names in [loaded.parameters, *loaded.parameters, loaded.frozen]
     ):
         raise DamageError(RESTORE, f"{TREE} damaged (no state)", ANOTHER_COPY)
 

@@ -8,7 +8,7 @@ import attrs
 import torch
 from loguru import logger
 
-from loopkit.checkpoint.difference import check
+from loopkit.checkpoint.difference import check, completed
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded, read
@@ -94,6 +94,7 @@ def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
     """
     loaded = read(checkpoint)
     changes = check(state, checkpoint.manifest, loaded)
+    loaded.state["model"] = completed(state, loaded)
     _apply(state, loaded, checkpoint)
     for change in changes:
         logger.info("restored {}: {}", checkpoint, change)

@@ -17,6 +17,7 @@ from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
 from loopkit.errors import CheckpointError, CheckpointWarning
+from loopkit.plain import unsaveable
 from loopkit.state import TrainState
 
 
@@ -38,6 +39,7 @@ class Saver:
     _writer: Writer = attrs.field(factory=Writer)
     _lock: Lock | ObjectLock | None = None
     _buffers: dict[str, Tensor] = attrs.field(factory=dict)
+    _told: bool = False
 
     @property
     def drops(self) -> bool:
@@ -57,10 +59,13 @@ class Saver:
             False where that failed, and the policy is to go on.
         """
         self.wait()
+        if (lost := unsaveable(state.extras)) and not self._told:
+            self._told = True
+            _tell_unsaved(lost)
         try:
             self._claim(state, known=known)
-            allowed = self.options.allow_nonfinite
-            taken = take(state, whole(), scores, self._buffers, allow_nonfinite=allowed)
+            kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
+            taken = take(state, whole(), scores, self._buffers, **kinds)
         except OSError as error:
             self._fail(error)
             return False
@@ -142,3 +147,14 @@ class Saver:
         )
         failure.__cause__ = error
         return failure
+
+
+def _tell_unsaved(lost: dict[str, str]) -> None:
+    extras = ", ".join(f"{name} ({kind})" for name, kind in lost.items())
+    message = (
+        f"not in the checkpoint: state.extras {extras}, neither plain data nor with state_dict and"
+        " load_state_dict. A restored state keeps what it was made with: right for a tokenizer,"
+        " wrong for what changes in training, to which give the two methods"
+    )
+    logger.warning("{}", message)
+    warnings.warn(message, CheckpointWarning, stacklevel=7)  # where checkpoints.save was called

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from loopkit.errors import CheckpointError
-from loopkit.every import Every
+from loopkit.every import Every, Moment
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.updates import Adapted
@@ -19,8 +19,9 @@ class Saving(Adapted):
         every: Every,
         save: Callable[[TrainState], object],
         wait: Callable[[], object],
+        begun: Moment,
     ) -> None:
-        super().__init__(run, _saved(run, every, save, wait))
+        super().__init__(run, _saved(run, every, save, wait, begun))
 
 
 def _saved(
@@ -28,12 +29,16 @@ def _saved(
     every: Every,
     save: Callable[[TrainState], object],
     wait: Callable[[], object],
+    since: Moment,
 ) -> Generator[TrainState]:
+    last = getattr(run, "state", None)
+    since = since if last is None else Moment.of(last)
     last = None
     for last in run:
         yield last
-        if every(last):  # after the loop's body, which belongs to the update
+        if every(last, since):  # after the loop's body, which belongs to the update
             save(last)
+        since = Moment.of(last)  # `run` may yield once for many updates
     if last is not None:
         save(last)
         wait()

@@ -8,7 +8,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.checkpoint.difference import classes_of, parameter_names, shown
+from loopkit.checkpoint.difference import (
+    classes_of,
+    frozen_names,
+    parameter_names,
+    shown,
+    without,
+)
 from loopkit.checkpoint.format import Encoder
 from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import SAVE
@@ -57,6 +63,7 @@ def take(
     buffers: dict[str, Tensor],
     *,
     allow_nonfinite: bool,
+    frozen: bool,
 ) -> Snapshot:
     """Copy a state to host memory.
 
@@ -66,14 +73,18 @@ def take(
         scores: What it is saved with.
         buffers: The memory of the last copy; used again, and kept up to date.
         allow_nonfinite: Take parameters that are not finite, too.
+        frozen: Take parameters that do not require gradients, too.
 
     Raises:
         UsageError: If the state holds what is no plain data.
         NonFiniteError: If a parameter is not finite.
     """
+    left_out = [] if frozen else frozen_names(state.model, state_dict["model"])
+    state_dict = {**state_dict, "model": without(state_dict["model"], left_out)}
     encoder = Encoder()
     parts = {name: encoder.encode(part, (name,)) for name, part in state_dict.items()}
     tree = {"state": parts, "parameters": parameter_names(state)}
+    tree |= {"frozen": left_out} if left_out else {}
     sums = Sums.of(state)
     watch = {} if allow_nonfinite else {"model": sums.add}
     tensors = {

@@ -139,7 +139,10 @@ class Agreed(Iterator[Any]):
     """The batches of a rank, with fillers or repeats once it ran dry while others have some."""
 
     def __init__(self, part: Own, batches: Iterator[Any], first: list[Any]) -> None:
-        self._part, self._batches, self._first = part, batches, first
+        self._part, self._read, self._first = part, batches, first
+        rank, world, first_of_all = part.share.rank, part.share.world, part.share.first
+        own = None if first_of_all is None else len(range(rank, first_of_all, world))
+        self._batches = itertools.islice(batches, own)
         self._repeats: Iterator[Any] = iter(())
 
     def __next__(self) -> Any:
@@ -156,6 +159,7 @@ class Agreed(Iterator[Any]):
 
     def _instead(self, missing: int) -> Any:
         share = self._part.share
+        self._first = self._first or [*itertools.islice(self._read, 1)]  # beyond a limit
         if not self._first:
             raise DataError(
                 f"the share of rank {share.rank} of {share.world}",
@@ -172,7 +176,7 @@ class Agreed(Iterator[Any]):
     @property
     def sources(self) -> list[Iterator[Any]]:
         """The iterators that are read."""
-        return [self._batches, self._repeats]
+        return [self._read, self._repeats]
 
 
 class Once(Part, Iterator[Any]):
@@ -308,9 +312,19 @@ def _loaded(data: DataLoader[Any], share: Share, share_start: ShareStart | None)
 
 def _own(data: Any, share: Share, count: Count | None) -> Part:
     equal = isinstance(getattr(data, "sampler", None), DistributedSampler) or count is None
-    sized = equal and known_length(data) is not None
+    sized = equal and known_length(data) is not None and share.first is None
     part = (OwnSized if sized else Own)(data, share, count=None if sized else count)
     return Once(part) if isinstance(data, Iterator) else part
+
+
+def is_shared_out(data: Any, stream: str | None = None) -> bool:
+    """Whether each rank has data of its own already, by what the data or the user says.
+
+    Example:
+        >>> is_shared_out([1, 2]), is_shared_out([1, 2], "sharded")
+        (False, True)
+    """
+    return stream == "sharded" or _shared_out(data) is not None
 
 
 def _shared_out(data: Any) -> tuple[int, int] | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from loopkit.compose import train_step
@@ -38,9 +37,6 @@ def fork(
     features, branch.set_up = copy.deepcopy((lifted.features, branch.set_up), memo)
     trial = Step(lifted.function, features)
     trial.set_up(branch)
-    for copied in [*memo.values(), *branch.features.values()]:
-        if isinstance(copied, LRScheduler):  # lest it warns that the optimizer is not the one
-            copied._step_count = max(2, copied._step_count)  # noqa: SLF001  whose steps it counts
     branch.data, branch.position, branch.batch, branch.ahead = None, Position(), 0, None
     branch.epoch += branch.epoch_end
     branch.epoch_end, branch.checkpoints = False, None

@@ -173,6 +173,11 @@ class Overfit(Updates):
         """That of the run."""
         return self.run.total_steps
 
+    @property
+    def state(self) -> TrainState:
+        """The copy."""
+        return self.run.state
+
     def close(self) -> None:
         """End it where it is, the run as well."""
         super().close()

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from loopkit.check import near
 from loopkit.errors import UsageError
-from loopkit.every import Every, Interval
+from loopkit.every import Every, Interval, Moment
 from loopkit.observe.console import Console
 from loopkit.observe.delivery import Delivery, Guarded
 from loopkit.observe.fetch import fetch
@@ -186,8 +186,11 @@ class Log:
 def _logged(
     run: Iterable[TrainState], log: Log, every: Every, first: bool, extras: tuple[Extra, ...]
 ) -> Generator[TrainState]:
+    begun = getattr(run, "state", None)
+    since = None if begun is None else Moment.of(begun)
     for state in run:
-        if first or every(state):
+        due, since = every(state, since), Moment.of(state)  # `run` may yield once for many updates
+        if first or due:
             first = False
             more = {name: value for extra in extras for name, value in extra(state).items()}
             log(state, **state.metrics, **more)

@@ -63,6 +63,8 @@ class Schedule:
 
         A fraction is one of `total_steps`; the phase without a length gets what the
         others leave. Ends are rounded to whole steps, so that fractions of 1 fill the total.
+        What a run will make of its loader, windows and limits it says itself, before it begins:
+        `schedule.over(lk.run(step, state, loader, max_epochs=3).total_steps)`.
 
         Raises:
             UsageError: If the phases are longer than the total, or two have no length.
@@ -204,7 +206,8 @@ class Phase(Schedule):
             "no steps: all that other phases leave of a total"
             if self.steps is None
             else f"the fraction {self.steps} of a total",
-            "schedule.over(total_steps), or a number of steps as an int",
+            "schedule.over(lk.run(step, state, loader, max_epochs=n).total_steps), with the step as"
+            " it is without the schedule; or a number of steps as an int",
         )
 
     def progress(self, n: float) -> float:

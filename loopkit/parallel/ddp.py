@@ -1,6 +1,7 @@
 """Data parallel: a replica on each rank, gradients averaged while the backward pass runs."""
 
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -55,13 +56,31 @@ class Replicas(GroupRanks):
 
     def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
         """The forward, within what averages the gradients of its backward pass."""
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return function(state, batch)
+        try:
             return self.engine(function, state, batch)
-        return function(state, batch)
+        except RuntimeError as error:
+            if "Expected to have finished reduction in the prior iteration" in str(error):
+                _refuse_unused(error, state)
+            raise
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Gradients add up on each rank by itself."""
         return nullcontext() if self.sync_every else self.engine.no_sync()
+
+
+def _refuse_unused(error: RuntimeError, state: TrainState) -> None:
+    names = [name for name, p in state.model.named_parameters() if p.requires_grad]
+    said = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    lacking = [names[int(i)] for i in said[1].split()] if said else ["on another rank"]
+    raise UsageError(
+        f"distributed(...) at update {state.step + 1}",
+        "parameters that got no gradient in a backward pass before, where ranks wait for those of"
+        f" all: {', '.join([*lacking[:3], '...'][: len(lacking)])}",
+        "lk.distributed(lk.DDP(find_unused_parameters=True)); or requires_grad_(False) for what"
+        " is never used",
+    ) from error
 
 
 def _check_hook(options: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
@@ -104,6 +123,7 @@ class DDP:
         """Make the ranks replicas of each other."""
         check_optimizer(state)
         if self.sync_batchnorm:
+            _check_accelerator(state.device)
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
         buffers: dict[str, Any] = {} if self.sync_buffers else {_SYNC_BUFFERS: False}
         engine = DistributedDataParallel(
@@ -114,7 +134,7 @@ class DDP:
             **buffers,
         )
         if self.comm_hook is not None:
-            engine.register_comm_hook(None, _hook(self.comm_hook))
+            _compress(engine, self.comm_hook)
         ranks = state.ranks = Replicas(
             rank=dist.get_rank(),
             size=dist.get_world_size(),
@@ -126,6 +146,26 @@ class DDP:
         if self.shard_optimizer:
             forget_others(state)
         return ranks
+
+
+def _check_accelerator(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise UsageError(
+            "DDP(sync_batchnorm=True)",
+            "a model on cpu, where torch's SyncBatchNorm does not run",
+            "a model on accelerators; or torch.nn.GroupNorm, which needs no other samples",
+        )
+
+
+def _compress(engine: DistributedDataParallel, hook: str | Callable[..., Any]) -> None:
+    try:
+        engine.register_comm_hook(None, _hook(hook))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"DDP(comm_hook={hook!r:.80})",
+            f"that torch refuses it: {error}",
+            'DDP(comm_hook="fp16"), or a function (group, bucket) -> future of a tensor',
+        ) from error
 
 
 def _hook(given: str | Callable[..., Any]) -> Callable[..., Any]:

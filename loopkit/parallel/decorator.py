@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from loopkit.check import one_of, positive
@@ -17,13 +18,22 @@ from loopkit.parallel.ddp import DDP
 from loopkit.parallel.failure import NameTheFailed
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
-from loopkit.parallel.tensor_parallel import TensorParallel
+from loopkit.parallel.group_ranks import GroupRanks
 from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.rng import seed_apart
 from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
-Strategy = DDP | FSDP | TensorParallel
+
+@runtime_checkable
+class Strategy(Protocol):
+    """What spreads a state over the ranks of the process group; one of one's own can be given."""
+
+    def set_up(self, state: TrainState) -> GroupRanks:
+        """Spread the state, in place; how its ranks work together from then on."""
+        ...
+
+
 NAMED: Mapping[str, Strategy] = {
     "auto": DDP(),
     "ddp": DDP(),
@@ -46,9 +56,11 @@ class Parallelize:
 
     def __call__(self, state: TrainState) -> None:
         """Spread the state over the ranks, if there are several."""
+        started = not dist.is_initialized()
         if join(self.timeout_s):
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
             if state.restored_rng is not None:
                 state.take_rng()
@@ -153,12 +165,14 @@ def distributed(
 
     Args:
         strategy: `"ddp"` (`"auto"`), `"fsdp"`, `"hsdp"`, `"zero1"`, `"zero2"`, `"zero3"`; or one
-            with settings: `lk.DDP(...)`, `lk.FSDP(...)`, `lk.TensorParallel(plan, ...)`.
+            with settings: `lk.DDP(...)`, `lk.FSDP(...)`, `lk.TensorParallel(plan, ...)`; or your
+            own, with `set_up(state)` that returns a `loopkit.parallel.group_ranks.GroupRanks`.
         uneven: For ranks that run out of batches in the last round: `"exact"` has them take part
             with weight 0, `"drop"` leaves the round out, `"pad"` repeats batches.
         stream: For data without numbered samples: `"split"`, each rank reads it all and keeps
             its part, or `"sharded"`, it differs on each rank already.
-        timeout_s: Seconds that a rank waits for another before it gives up.
+        timeout_s: Seconds that a rank waits for another before it gives up; until the first
+            update ten minutes at least. A process group of your own keeps its timeout.
 
     Raises:
         UsageError: For a strategy that it does not know.
@@ -173,7 +187,7 @@ def distributed(
     name = f"distributed({strategy!r})" if strategy != "auto" else "distributed()"
     if isinstance(strategy, str):
         chosen = NAMED[one_of(name, "strategy", strategy, (*NAMED,))]
-    elif isinstance(strategy, Strategy):
+    elif isinstance(strategy, Strategy) and not callable(strategy):  # a step has set_up as well
         chosen = strategy
     else:
         raise UsageError(

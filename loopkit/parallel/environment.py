@@ -42,42 +42,92 @@ def environment(variables: Mapping[str, str] = os.environ) -> Environment | None
     """What torchrun, SLURM (`srun`) or Open MPI (`mpirun`) say; None where nobody started several.
 
     Raises:
-        UsageError: Where the variables are there only in part.
+        UsageError: Where the variables are there only in part, or are numbers that cannot be.
 
     Example:
         >>> environment({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
         ...              "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04]"}).address
         'gpu03'
     """
-    if "RANK" in variables and "WORLD_SIZE" in variables:
-        return _of_torchrun(variables)
-    if int(variables.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return _of_slurm(variables)
-    if int(variables.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return _of_open_mpi(variables)
+    torchrun, slurm, open_mpi = (Said(variables, launcher) for launcher in LAUNCHERS)
+    if "RANK" in variables or "WORLD_SIZE" in variables:
+        return _of_torchrun(torchrun)
+    if "SLURM_STEP_NUM_TASKS" in variables and slurm.number("SLURM_STEP_NUM_TASKS", least=1) > 1:
+        return _of_slurm(slurm)
+    if "OMPI_COMM_WORLD_SIZE" in variables and open_mpi.number("OMPI_COMM_WORLD_SIZE", least=1) > 1:
+        return _of_open_mpi(open_mpi)
     return None
 
 
-def _of_torchrun(found: Mapping[str, str]) -> Environment:
-    if "MASTER_ADDR" not in found or "MASTER_PORT" not in found:
-        raise UsageError(
-            "RANK and WORLD_SIZE in the environment",
-            "no MASTER_ADDR and MASTER_PORT, where the processes meet",
-            "torchrun script.py, which sets all of them",
-        )
-    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
-    local = int(found.get("LOCAL_RANK", 0))
-    return Environment(rank, size, local, found["MASTER_ADDR"], int(found["MASTER_PORT"]))
+LAUNCHERS = {
+    "torchrun": "torchrun script.py, which sets them all, or python script.py without any of them",
+    "srun": "srun python script.py, which sets them all",
+    "mpirun": "mpirun python script.py, which sets them all",
+}
 
 
-def _of_slurm(found: Mapping[str, str]) -> Environment:
+@attrs.frozen
+class Said:
+    """What a launcher says, read with care: processes that misread it would each train alone."""
+
+    variables: Mapping[str, str]
+    launcher: str
+
+    def text(self, name: str) -> str:
+        """A variable that has to be there."""
+        if not self.variables.get(name):
+            raise UsageError(
+                f"an environment as of {self.launcher}",
+                f"no {name} beside {sorted(_akin(self.variables, name))}",
+                LAUNCHERS[self.launcher],
+            )
+        return self.variables[name]
+
+    def number(self, name: str, *, least: int = 0, below: int | None = None) -> int:
+        """A whole number that has to be there."""
+        text = self.text(name)
+        value = int(text) if re.fullmatch(r"-?[0-9]+", text) else least - 1
+        if value < least or (below is not None and value >= below):
+            limits = f"{least} or more" if below is None else f"{least} to {below - 1}"
+            raise UsageError(
+                f"an environment as of {self.launcher}",
+                f"{name} = {text!r}",
+                f"{name}: a whole number, {limits}; {LAUNCHERS[self.launcher]}",
+            )
+        return value
+
+    def given(self, name: str, default: int) -> int:
+        """A number that may be there."""
+        return self.number(name) if name in self.variables else default
+
+
+def _akin(variables: Mapping[str, str], name: str) -> list[str]:
+    """The variables that the same launcher sets."""
+    start = {"SLURM": "SLURM_", "OMPI": "OMPI_COMM_WORLD_"}.get(name.split("_", maxsplit=1)[0])
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return [v for v in variables if (v.startswith(start) if start else v in torchrun)][:8]
+
+
+def _of_torchrun(said: Said) -> Environment:
+    size = said.number("WORLD_SIZE", least=1)
+    return Environment(
+        said.number("RANK", below=size),
+        size,
+        said.given("LOCAL_RANK", 0),
+        said.text("MASTER_ADDR"),
+        said.number("MASTER_PORT"),
+    )
+
+
+def _of_slurm(said: Said) -> Environment:
+    found, size = said.variables, said.number("SLURM_STEP_NUM_TASKS")
     hosts = found.get("SLURM_STEP_NODELIST") or found.get("SLURM_JOB_NODELIST", "localhost")
     return Environment(
-        int(found["SLURM_PROCID"]),
-        int(found["SLURM_STEP_NUM_TASKS"]),
-        int(found["SLURM_LOCALID"]),
+        said.number("SLURM_PROCID", below=size),
+        size,
+        said.number("SLURM_LOCALID", below=size),
         found.get("MASTER_ADDR", _first_host(hosts)),
-        int(found.get("MASTER_PORT", 15000 + int(found.get("SLURM_JOB_ID", 0)) % 20000)),
+        said.given("MASTER_PORT", 15000 + said.given("SLURM_JOB_ID", 0) % 20000),
     )
 
 
@@ -87,8 +137,9 @@ def _first_host(hosts: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else hosts
 
 
-def _of_open_mpi(found: Mapping[str, str]) -> Environment:
-    size, local = int(found["OMPI_COMM_WORLD_SIZE"]), int(found["OMPI_COMM_WORLD_LOCAL_SIZE"])
+def _of_open_mpi(said: Said) -> Environment:
+    found, size = said.variables, said.number("OMPI_COMM_WORLD_SIZE")
+    local = said.number("OMPI_COMM_WORLD_LOCAL_SIZE", least=1)
     if "MASTER_ADDR" not in found and local < size:
         raise UsageError(
             f"mpirun with {size} processes, {local} of them on this host",
@@ -96,9 +147,9 @@ def _of_open_mpi(found: Mapping[str, str]) -> Environment:
             "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 ...",
         )
     return Environment(
-        int(found["OMPI_COMM_WORLD_RANK"]),
+        said.number("OMPI_COMM_WORLD_RANK", below=size),
         size,
-        int(found["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        said.number("OMPI_COMM_WORLD_LOCAL_RANK", below=local),
         found.get("MASTER_ADDR", "127.0.0.1"),
-        int(found.get("MASTER_PORT", 29500)),
+        said.given("MASTER_PORT", 29500),
     )

@@ -1,7 +1,9 @@
 """When a rank fails, the others end soon, and say which one it was and why."""
 
+import contextlib
 import datetime
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,12 +32,39 @@ def tell(error: BaseException) -> None:
     if not dist.is_initialized() or isinstance(error, RankError):
         return
     words = "".join(traceback.format_exception_only(error)).strip()
-    try:
-        store = _store()
-        store.set_timeout(datetime.timedelta(seconds=1))
-        store.set(f"{PREFIX}{dist.get_rank()}", words[:1000])
-    except (RuntimeError, ValueError):  # the store's host is gone: there is nobody to tell
-        pass
+    asked(_leave_word, 1.0, words[:1000])
+
+
+def _leave_word(words: str) -> None:
+    store = _store()
+    store.set_timeout(datetime.timedelta(seconds=1))
+    store.set(f"{PREFIX}{dist.get_rank()}", words)
+
+
+class Question(threading.Thread):
+    """A question to the store, which may never be answered.
+
+    Torch's store waits without end for some answers, whatever its time limit, where the link to
+    its host is cut rather than closed (TCPStore::check of torch 2.13); so the thread is left to it.
+    """
+
+    def __init__(self, function: Callable[..., str | None], *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.function, self.arguments = function, arguments
+        self.answer: str | None = None
+
+    def run(self) -> None:
+        """Ask."""
+        with contextlib.suppress(RuntimeError, ValueError):  # the store's host is gone
+            self.answer = self.function(*self.arguments)
+
+
+def asked(function: Callable[..., str | None], seconds: float, *arguments: Any) -> str | None:
+    """What a function that talks to the store returns; None if it fails, or takes longer."""
+    question = Question(function, *arguments)
+    question.start()
+    question.join(seconds)
+    return question.answer
 
 
 def report_uncaught() -> None:
@@ -51,14 +80,20 @@ def report_uncaught() -> None:
 
 def culprits() -> str:
     """Which ranks failed and why, as far as it can be found out; empty if none can be named."""
+    found = asked(_culprits, 3 * ANSWER_S)
+    if found is None:
+        return (
+            "the process that the ranks meet at (rank 0's, or the launcher's) gone, or out of reach"
+        )
+    return found
+
+
+def _culprits() -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
-    try:
-        store = _store()
-        store.set_timeout(datetime.timedelta(seconds=ANSWER_S))
-        store.set(f"{PREFIX}{rank}/waits", "1")
-        said, missing = _roll_call(store, [r for r in range(size) if r != rank])
-    except (RuntimeError, ValueError):
-        return "the process that the ranks meet at is gone (rank 0's, or the launcher's)"
+    store = _store()
+    store.set_timeout(datetime.timedelta(seconds=ANSWER_S))
+    store.set(f"{PREFIX}{rank}/waits", "1")
+    said, missing = _roll_call(store, [r for r in range(size) if r != rank])
     if said:
         return "; ".join(f"rank {r} failed: {words}" for r, words in said.items())
     return f"no answer from rank {', '.join(map(str, missing))}: killed, or hung" * bool(missing)
@@ -97,7 +132,9 @@ class NameTheFailed:
     def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         """The update, or an error that names the rank."""
         try:
-            return self.inner(state, window)
+            applied = self.inner(state, window)
+            state.ranks.updated()
+            return applied
         except Exception as error:
             explain(error, f"update {state.step + 1}")
             raise

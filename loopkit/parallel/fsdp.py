@@ -1,7 +1,7 @@
 """Sharded data parallel: parameters, gradients and optimizer state in parts, one on each rank."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -46,6 +46,14 @@ class Shards(GroupRanks):
     model: FSDPModule
     sync_every: bool
     shards_tensors: bool = True
+
+    def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
+        """The forward; where it went round the model's, an error that says so."""
+        try:
+            return function(state, batch)
+        except RuntimeError as error:
+            _explain_sharded(error, state)
+            raise
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Gradients add up whole on each rank by itself, unless memory is dearer than time."""
@@ -112,6 +120,8 @@ class FSDP:
             fully_shard(block, **settings)
         model: Any = fully_shard(state.model, **settings)
         for method in self.methods:
+            if not callable(getattr(model, method, None)):
+                raise _no_method(self.methods, method, model)
             register_fsdp_forward_method(model, method)
         repoint(state, before)
         group = mesh.get_group() if mesh.ndim == 1 else None
@@ -134,6 +144,21 @@ class FSDP:
         return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
+# What torch says of a parameter that is used without having been gathered
+_NOT_GATHERED = ("got mixed torch.Tensor and DTensor", "has already been lazily initialized")
+
+
+def _explain_sharded(error: RuntimeError, state: TrainState) -> None:
+    if any(sign in str(error) for sign in _NOT_GATHERED):
+        raise UsageError(
+            f"a step function on a {type(state.model).__name__.removeprefix('FSDP')} in shards",
+            "parameters in use that only the model's forward gathers: a method of the model, or of"
+            " a part of it, that runs layers by itself",
+            'lk.distributed(lk.FSDP(methods=("its_name",))); or a step function that calls'
+            " state.model(...)",
+        ) from error
+
+
 def blocks_of(model: nn.Module, wanted: Blocks) -> list[nn.Module]:
     """The modules that are sharded as units, inner ones first.
 
@@ -153,6 +178,14 @@ def blocks_of(model: nn.Module, wanted: Blocks) -> list[nn.Module]:
             )
     found = [m for name, m in modules if any(_matches(entry, name, m) for entry in wanted)]
     return found[::-1]
+
+
+def _no_method(given: tuple[str, ...], method: str, model: nn.Module) -> UsageError:
+    return UsageError(
+        f"FSDP(methods={given!r})",
+        f"no such method as {method!r} of {type(model).__name__.removeprefix('FSDP')}",
+        "names of methods of the model itself, beside forward",
+    )
 
 
 def _matches(entry: type[nn.Module] | str, name: str, module: nn.Module) -> bool:

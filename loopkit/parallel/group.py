@@ -3,6 +3,8 @@
 import atexit
 import datetime
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,13 +13,14 @@ from loopkit.parallel.environment import environment
 from loopkit.parallel.failure import report_uncaught
 
 TIMEOUT_S = 300.0
+START_S = 600.0  # until the first update: processes start apart, and compile
 
 
 def join(timeout_s: float = TIMEOUT_S) -> bool:
     """Join the process group, if a launcher has started several processes.
 
     Args:
-        timeout_s: Seconds after which a rank that waits for another gives up.
+        timeout_s: Seconds after which a rank that waits for another gives up; longer at first.
 
     Returns:
         Whether there is a group of more than one process.
@@ -31,10 +34,23 @@ def join(timeout_s: float = TIMEOUT_S) -> bool:
         os.environ |= found.variables()
         if torch.cuda.is_available():
             torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
-        dist.init_process_group(timeout=datetime.timedelta(seconds=timeout_s))
+        patience = datetime.timedelta(seconds=max(START_S, timeout_s))
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
+        # With a fixed master port torchrun keeps its store over restarts, and with it the
+        # addresses of processes that are gone (seen with torch 2.13): so a name for each life.
+        number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        life = dist.PrefixStore(f"life{number}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(store=life, rank=rank, world_size=size, timeout=patience)
         atexit.register(_leave)
         report_uncaught()
     return dist.get_world_size() > 1
+
+
+def wait_at_most(timeout_s: float, groups: Iterable[Any]) -> None:
+    """From now on give up on other ranks after this many seconds."""
+    for group in groups:
+        # Torch has no public way to change it; its own trainers (torchtitan) use this one
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)  # noqa: SLF001
 
 
 def _leave() -> None:

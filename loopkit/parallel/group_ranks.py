@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loopkit.data.shard import sharded
+from loopkit.data.shard import is_shared_out, sharded
+from loopkit.limits import batch_limit
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
+from loopkit.parallel.group import wait_at_most
 from loopkit.parallel.whole import fitted, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
@@ -28,12 +30,14 @@ class GroupRanks(Ranks):
         group: Those among which data is spread; None for all.
         uneven: What ranks do that run out of data before others; see `sharded`.
         stream: How data is shared out that has no numbered samples.
+        timeout_s: After the first update, how long a rank waits for another.
     """
 
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
-    _shared: list[tuple[Any, str, Any]] = attrs.field(factory=list)
+    timeout_s: float | None = None
+    _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
 
     @property
     def alone(self) -> bool:
@@ -59,18 +63,30 @@ class GroupRanks(Ranks):
         """The largest number of any rank, so true on all where it is on any; waits for all."""
         return int(self.largest(torch.tensor(float(flag), device=host_device())))
 
-    def share(self, data: Any, uneven: str | None = None) -> Any:
+    def share(self, data: Any) -> Any:
         """This rank's part of some data: of its batches every `size`-th."""
-        how = uneven or self.uneven
-        for known, policy, part in self._shared:
-            if known is data and policy == how:
+        for known, part in self._shared:
+            if known is data:
                 return part  # the same for the same data, which a run goes on with
-        part = sharded(
-            data, self.rank, self.size, how,
-            stream=self.stream, count=self._count, share_start=self.from_first,
-        )  # fmt: skip
-        self._shared = [(data, how, part), *self._shared[: REMEMBERED - 1]]
+        part = self._part(data, self.uneven)
+        self._shared = [(data, part), *self._shared[: REMEMBERED - 1]]
         return part
+
+    def share_once(self, data: Any, limit_batches: float | None = None) -> Any:
+        """The same, by itself and with fillers; of the first batches of all ranks."""
+        if limit_batches is None:
+            return self._part(data, "exact")
+        first = batch_limit(data, limit_batches)
+        if is_shared_out(data, self.stream):  # its length is that of this rank's own part
+            whole = isinstance(limit_batches, int)
+            first = int(limit_batches) if whole else first and first * self.size
+        return self._part(data, "exact", first or None)
+
+    def _part(self, data: Any, uneven: str, first: int | None = None) -> Any:
+        return sharded(
+            data, self.rank, self.size, uneven,
+            first=first, stream=self.stream, count=self._count, share_start=self.from_first,
+        )  # fmt: skip
 
     def _count(self, flag: bool) -> int:
         return int(self.sum(torch.tensor(float(flag), device=host_device())))
@@ -92,6 +108,12 @@ class GroupRanks(Ranks):
         if not self.shards_tensors:
             return tensors
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def updated(self) -> None:
+        """After the first update there is less to wait for."""
+        if self.timeout_s is not None:
+            wait_at_most(self.timeout_s, {None, self.group})
+            self.timeout_s = None
 
     def whole(self, state: TrainState) -> Any:
         """`state.state_dict()` as of one process, on the first rank; None on the others."""

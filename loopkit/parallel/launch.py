@@ -119,7 +119,8 @@ def _take(
 ) -> None:
     try:
         fine, value = pipe.recv()
-        pipe.send(None)
+        if fine:  # what failed does not wait: it may be gone
+            pipe.send(None)
     except EOFError:
         process.join(5)
         fine, value = False, (False, f"ended with exit code {process.exitcode}")

@@ -1,5 +1,7 @@
 """Weights by themselves."""
 
+from collections import OrderedDict
+
 import loopkit as lk
 import pytest
 import safetensors.torch
@@ -135,3 +137,88 @@ def test_a_model_with_more_than_tensors_is_not_exported(tmp_path):
     with pytest.raises(lk.UsageError):
         lk.export(model, tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []
+
+
+def adapted(*, frozen=("first",), seed=0):
+    """A state of a model, some layers of which are frozen."""
+    torch.manual_seed(seed)
+    layers = {name: nn.Linear(3, 3) for name in ("first", "second")}
+    model = nn.Sequential(OrderedDict(**layers, norm=nn.BatchNorm1d(3)))
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return lk.TrainState(model, torch.optim.Adam(trained, lr=0.1))
+
+
+def step(state, batch):
+    return state.model(batch).square().mean()
+
+
+BATCHES = list(torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1)))
+ADAPTERS = lk.CheckpointOptions(frozen=False)
+
+
+def test_without_frozen_weights_a_run_goes_on_as_it_would_have(tmp_path):
+    """A checkpoint has none of them; beside the same ones the rest resumes bit for bit."""
+    whole = lk.run(step, adapted(), BATCHES, max_epochs=1).finish()
+    with lk.Checkpointer(tmp_path, options=ADAPTERS, async_save=False) as checkpoints:
+        checkpoints.save(lk.run(step, adapted(), BATCHES, max_steps=3).finish())
+    saved = safetensors.torch.load_file(checkpoints.latest.path / "model.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"second", "norm"}
+    assert "norm.running_mean" in saved  # which changes, though it is no parameter
+    resumed = adapted()
+    resumed.model.second.weight.data.zero_()
+    assert lk.Checkpointer(tmp_path).restore(resumed)  # says itself what it has not
+    lk.run(step, resumed, BATCHES, max_epochs=1).finish()
+    assert weights(resumed.model) == weights(whole.model)
+
+
+def test_frozen_weights_that_were_left_out_keep_their_values(tmp_path):
+    """What another model has in their place stays there."""
+    with lk.Checkpointer(tmp_path, options=ADAPTERS) as checkpoints:
+        state, other = adapted(), adapted(seed=5)
+        first, second = other.model.first.weight.clone(), state.model.second.weight
+        checkpoints.save(state)
+        assert checkpoints.restore(other)
+    assert torch.equal(other.model.first.weight, first)
+    assert torch.equal(other.model.second.weight, second)
+    assert not other.model.first.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (lambda: adapted(frozen=()), "first.weight, first.bias left out .* trained in the state"),
+        (make_state, "first.weight, first.bias left out .* not in the state"),
+    ],
+)
+def test_weights_that_were_left_out_have_to_be_frozen_where_they_go(tmp_path, other, found):
+    """A model that trains them, or has none of them, is refused and stays as it was."""
+    with lk.Checkpointer(tmp_path, options=ADAPTERS) as checkpoints:
+        checkpoints.save(adapted())
+        state = other()
+        before = weights(state.model)
+        with pytest.raises(lk.CheckpointError, match=found):
+            checkpoints.restore(state)
+    assert weights(state.model) == before
+
+
+def test_a_whole_checkpoint_lacks_no_weight_for_being_frozen(tmp_path):
+    """A frozen layer that came later is no part of what was saved, and that is an error."""
+    with lk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(adapted(frozen=()))
+        state = adapted()
+        state.model.add_module("more", nn.Linear(3, 3).requires_grad_(False))
+        with pytest.raises(lk.CheckpointError, match=r"more\.bias in the state, not in"):
+            checkpoints.restore(state)
+
+
+def test_adapters_are_exported_alone(tmp_path):
+    """frozen=False leaves out what needs no gradient; loading reports what was missing."""
+    state = adapted()
+    path = lk.export(state, tmp_path / "adapters.safetensors", frozen=False)
+    assert {n.split(".")[0] for n in safetensors.torch.load_file(path)} == {"second", "norm"}
+    report = lk.load_weights(adapted(seed=5).model, path, strict=False)
+    assert report.missing == ("first.weight", "first.bias")
+    with pytest.raises(lk.CheckpointError, match="2 missing in the file"):
+        lk.load_weights(adapted().model, path)

@@ -1,6 +1,7 @@
 """What happens between steps, on several ranks: they stop, ask and try out together."""
 
 import copy
+import itertools
 import math
 
 import loopkit as lk
@@ -8,6 +9,7 @@ import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
 from pool import POOL
+from torch.utils.data import DataLoader, DistributedSampler
 
 from problems import classifier, make_batches, make_state
 
@@ -97,3 +99,74 @@ def test_a_batch_size_is_not_sought_on_several_ranks():
     for message in POOL.run(2, _sized, None):
         assert "a state on 2 ranks" in message
         assert "one process" in message
+
+
+def _number(state, batch):
+    state.model(torch.zeros(1, 4))
+    return {"loss": batch.float().mean(), "number": batch.flatten()[0]}
+
+
+def _limited(limits, stream):
+    step, state = lk.distributed(stream=stream)(classifier), make_state()
+    step.set_up(state)
+    numbers, rank, world = torch.arange(11), state.ranks.rank, state.ranks.size
+    own = DistributedSampler(range(11), world, rank, shuffle=False)
+    data = {
+        "list": lambda: [*numbers.view(-1, 1)],
+        "loader": lambda: DataLoader(numbers, 1),
+        "stream": lambda: iter(numbers.view(-1, 1)),
+        "own": lambda: DataLoader(numbers, 1, sampler=own),
+        "sharded": lambda: iter(numbers.view(-1, 1)[rank::world]),
+    }
+    kinds = {"split": ["list", "loader", "stream", "own"], "sharded": ["sharded"]}[stream]
+    found = {}
+    for kind, limit in itertools.product(kinds, limits):
+        outputs = lk.predict(_number, state, data[kind](), limit_batches=limit)
+        scores = lk.evaluate(_number, state, data[kind](), limit_batches=limit)
+        found[kind, limit] = scores, [int(output["number"]) for output in outputs]
+    return found
+
+
+@pytest.mark.parametrize("stream", ["split", "sharded"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_limit_of_an_evaluation_counts_the_batches_of_all_ranks(world, stream):
+    """The first n batches are evaluated and predicted, each once, whatever the number of ranks."""
+    limits = [1, 2, 4, 7, 50]
+    for found in POOL.run(world, _limited, limits, stream):
+        for (kind, limit), (scores, predicted) in found.items():
+            # DistributedSampler repeats the first samples, so that all ranks have as many
+            numbers = [*range(11), *range(-11 % world if kind == "own" else 0)][:limit]
+            assert (kind, limit, predicted) == (kind, limit, numbers)
+            assert scores["loss"] == pytest.approx(sum(numbers) / len(numbers))
+
+
+def _fractions(_):
+    step, state = lk.distributed()(classifier), make_state()
+    step.set_up(state)
+    rank, world = state.ranks.rank, state.ranks.size
+    own = DataLoader(range(12), 1, sampler=DistributedSampler(range(12), world, rank, False))
+    dealt = [*torch.arange(12).view(-1, 1)]
+    return [len([*lk.predict(_number, state, d, limit_batches=0.5)]) for d in (own, dealt)]
+
+
+def test_a_fraction_of_an_evaluation_is_one_of_all_batches():
+    """Half of 12 batches are 6, shared out by loopkit or by a sampler."""
+    assert POOL.run(2, _fractions, None) == [[6, 6]] * 2
+
+
+def _goes_on(evaluates):
+    step, state, data = lk.distributed()(classifier), make_state(), make_batches(8)
+    for state in lk.run(step, state, data, max_epochs=1):
+        if state.step == 2:
+            break
+    if evaluates:
+        lk.evaluate(classifier, state, make_batches(3))
+    steps = [state.step for state in lk.run(step, state, data, max_epochs=1)]
+    with pytest.raises(lk.DataError, match="shuffle"):
+        lk.predict(classifier, state, DataLoader([*range(8)], 2, shuffle=True))
+    return steps
+
+
+def test_an_evaluation_between_two_runs_leaves_the_place_in_the_data():
+    """A run that goes on after one goes on within the epoch; and predict refuses to shuffle."""
+    assert POOL.run(2, _goes_on, True) == POOL.run(2, _goes_on, False) == [[3, 4]] * 2

@@ -66,7 +66,7 @@ STRATEGIES = {
     "fsdp, syncing each time": (2, lambda: lk.FSDP(sync_every=True)),
     "ddp, static graph": (2, lambda: lk.DDP(static_graph=True)),
     "tp": (2, lambda: lk.TensorParallel(PLAN)),
-    "tp and fsdp": (4, lambda: lk.TensorParallel(PLAN, size=2)),
+    "tp and fsdp": (4, lambda: lk.TensorParallel(PLAN, size=2, data=lk.FSDP(blocks=()))),
 }
 REPLICAS = {"tp": 1, "tp and fsdp": 2}  # ranks with data of their own
 FEATURES = {

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 SIGNALS = int(os.environ.get("LOOPKIT_SIGNALS", "12"))
 
 
-@pytest.mark.timeout(60 + 5 * SIGNALS)
+@pytest.mark.timeout(240 + 10 * SIGNALS)
 def test_runs_that_are_asked_to_stop_lose_nothing_and_end_bitwise_equal(tmp_path):
     """Within an update, a save or an evaluation: the code is 128 + n, the state on disk the last.
 

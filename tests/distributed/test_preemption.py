@@ -1,0 +1,171 @@
+"""A signal to one rank: all save the same step and end, and what goes on is the same run."""
+
+import errno
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import loopkit as lk
+import pytest
+import torch
+from loopkit.checkpoint.disk import Disk
+from loopkit.testing import assert_bitwise_equal
+from pool import POOL
+from test_failures import SLOW
+from test_parity import whole
+from test_resume import decorated, fresh, loader
+
+TIMES = int(os.environ.get("LOOPKIT_PREEMPTIONS", "1"))  # 20 for the requirement R9
+UPDATES, MOST_S = 24, 10
+SCRIPT = Path(__file__).parent / "preempted.py"
+
+
+def eval_step(state, batch):
+    """A loss; and random numbers, which the training must not notice."""
+    torch.rand(3)
+    return state.model(batch[0]).square().mean()
+
+
+def ignored(signum, frame):
+    """A signal that comes when the loop is over."""
+
+
+def life(strategy, folder, rank_that_is_told, delay_s):
+    """Restore, and train until the end or a signal, which comes after `delay_s`."""
+    step, state = decorated(strategy), fresh()
+    checkpoints = lk.Checkpointer(folder)
+    checkpoints.restore(state)
+    step.set_up(state)
+    before = signal.signal(signal.SIGTERM, ignored)
+    told = [float("inf")]
+
+    def tell():
+        told[0] = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(delay_s, tell)
+    if state.ranks.rank == rank_that_is_told:
+        timer.start()
+    code = 0
+    try:
+        run = lk.run(step, state, loader(), max_steps=UPDATES)
+        for state in lk.preemptible(run, checkpoints):
+            if state.step % 4 == 0:
+                lk.evaluate(eval_step, state, loader())
+    except lk.Preempted as stop:
+        code = stop.code
+    finally:
+        timer.cancel()
+        timer.join(5) if timer.is_alive() else None
+        signal.signal(signal.SIGTERM, before)
+    seconds = time.monotonic() - told[0]
+    checkpoints.close()
+    return code, state.step, max(0.0, seconds), whole(state.model.state_dict())
+
+
+@pytest.mark.timeout(60 + 60 * TIMES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy, tmp_path, record_property):
+    """Lives end at random instants, by turns of the ranks; the last weights are one run's."""
+    rng = random.Random(7)
+    uncut = POOL.run(2, life, strategy, str(tmp_path / "uncut"), None, 0.0)
+    cuts, longest = 0, 0.0
+    for time_of in range(TIMES):
+        folder, steps = tmp_path / str(time_of), []
+        for number in range(UPDATES):
+            given = strategy, str(folder), number % 2, rng.uniform(0.02, 0.4)
+            lives = POOL.run(2, life, *given)
+            codes, reached, seconds, weights = zip(*lives, strict=True)
+            assert len({*codes}) == len({*reached}) == 1, (codes, reached)
+            longest = max(longest, *seconds)
+            steps.append(reached[0])
+            if codes[0] == 0:
+                break
+            assert codes[0] == 143
+            assert lk.Checkpointer(folder).latest.step == reached[0]
+            cuts += 1
+        assert steps == sorted(steps)
+        assert steps[-1] == UPDATES
+        for found, (_, _, _, expected) in zip(weights, uncut, strict=True):
+            assert_bitwise_equal(found, expected)
+    assert longest < MOST_S * SLOW
+    record_property("seconds", f"{longest:.2f}")
+    print(f"{strategy}: {cuts} signals, the longest way from one to the end {longest:.2f} s")
+
+
+class FullForOnce(Disk):
+    """A disk that has no room for the first file."""
+
+    full = True
+
+    def create(self, path):
+        if self.full:
+            self.full = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().create(path)
+
+
+def stopped_after_a_save_that_fails(folder):
+    options = lk.CheckpointOptions(disk=FullForOnce())
+    step, state = decorated("fsdp"), fresh()
+    checkpoints = lk.Checkpointer(folder, options=options)
+    with pytest.raises(lk.Preempted):
+        for state in lk.preemptible(lk.run(step, state, loader(), max_steps=9), checkpoints):
+            if state.step == 3:
+                checkpoints.save(state)
+                if state.ranks.rank == 1:
+                    signal.raise_signal(signal.SIGTERM)
+    checkpoints.close()
+    return state.step
+
+
+def test_a_save_that_failed_on_the_first_rank_is_made_again_by_all(tmp_path):
+    """Only the first rank writes, and knows that the disk was full: all take part once more."""
+    assert POOL.run(2, stopped_after_a_save_that_fails, str(tmp_path)) == [3, 3]
+    assert lk.Checkpointer(tmp_path).latest.step == 3
+
+
+def started(folder):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    for rank in range(2):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        yield subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(SCRIPT), folder],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+def test_both_processes_end_with_the_code_of_the_signal(tmp_path, record_property):
+    """SIGTERM to the process of rank 1: both processes exit with 143, with one step saved."""
+    first, second = started(str(tmp_path))
+    try:
+        for line in second.stdout:
+            if line.startswith("step 3"):
+                break
+        second.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        others = second.communicate(timeout=60)[0]
+        output = first.communicate(timeout=60)[0]
+        seconds = time.monotonic() - at
+    finally:
+        first.kill()
+        second.kill()
+    assert (first.returncode, second.returncode) == (143, 143), output + others
+    steps = {re.findall(r"stopped after (\d+)", words)[-1] for words in (output, others)}
+    assert steps == {str(lk.Checkpointer(tmp_path).latest.step)}
+    assert seconds < MOST_S * SLOW
+    record_property("seconds", f"{seconds:.1f}")
+    print(f"both ended {seconds:.1f} s after the signal")
