@@ -104,7 +104,8 @@ class Every:
             return self._passed(before, state.step)
         if self.unit == "sample":
             samples = state.samples - state.outcome.samples if since is None else since.samples
-            return self._passed(samples, state.samples)
+            own = state.ranks.is_first and self._passed(samples, state.samples)
+            return bool(state.ranks.agree(own))
         return self._epoch(state, since)
 
     def _passed(self, before: int | Fraction, now: int | Fraction) -> bool:
@@ -147,12 +148,12 @@ def every(interval: Interval, *, first: bool = False) -> Every:
     So asking twice gives one answer, one `every` serves any number of states, and a
     resumed run is answered as the first would have been. Time is no such function: it counts
     from when `every` was called, then from when it was last true, so that a resumed run
-    counts anew. Several ranks agree on it in a small exchange, so all of them have to ask.
+    counts anew. Several ranks agree on time and on samples in a small exchange: all have to ask.
     Who looks less often than after each update says when that was last: `due(state, since)`.
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)
-            or in parts (`"0.25ep"`, of data with a length); samples of this rank
+            or in parts (`"0.25ep"`, of data with a length); samples of the first rank
             (`"1e6 samples"`); or time: `"30s"`, `"10min"`, `"2h"`, a timedelta.
         first: Also true after the very first update.
 
