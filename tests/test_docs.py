@@ -52,6 +52,14 @@ def test_pages_of_the_site_have_the_code_of_the_files_they_are_made_from(monkeyp
             assert link in hooks.COPIED.values() or (ROOT / "docs" / link).exists()
 
 
+def test_the_index_of_examples_has_them_all():
+    """Each file of examples/ is named, with what it shows."""
+    index = (ROOT / "examples" / "README.md").read_text()
+    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert len(names) >= 16
+    assert [name for name in names if f"| `{name}` |" not in index] == []
+
+
 def test_the_readme_shows_code():
     """It has blocks to run, so that the test above can fail."""
     assert sum(kind == "python" for kind, _ in BLOCK.findall(PAGES[0].read_text())) >= 5
