@@ -33,7 +33,7 @@ def launch(
     Args:
         main: What runs in each process; with `"spawn"` it has to be importable.
         num_processes: How many.
-        *arguments: Given to each.
+        *arguments: Given to each; tensors among them share their memory between the processes.
         timeout_s: Seconds after which all are ended.
         start_method: `"spawn"`; or `"fork"`, for functions of a notebook.
 
