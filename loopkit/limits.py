@@ -62,6 +62,19 @@ def known_length(data: Any) -> int | None:
         return None
 
 
+def is_numbered(data: Any) -> bool:
+    """Whether its samples or batches have numbers, so that they can be dealt out by them.
+
+    Example:
+        >>> is_numbered([1, 2]), is_numbered(iter([1, 2]))
+        (True, False)
+    """
+    if isinstance(data, DataLoader):
+        return not isinstance(data.dataset, IterableDataset)
+    numbered = hasattr(data, "__getitem__") and not isinstance(data, Mapping)
+    return numbered and known_length(data) is not None
+
+
 def batch_limit(data: Any, limit: float | None) -> int | None:
     """Batches to take of `data`: all, the first `limit`, or a fraction of them; None if unknown.
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import UsageError
-from loopkit.ranks import Ranks
+from loopkit.ranks import Ranks, together
 
 ARGUMENTS = ("preds", "target")
 MOST_WAITING, MOST_ELEMENTS = 16, 2**18  # batches that wait for one update, and what they may hold
@@ -88,10 +89,7 @@ class Meter:
         if self.is_function:
             return self._of_function(ranks)
         self._give()
-        with ranks.among(self._updated) as group:
-            for part in self.metric.modules() if ranks.size > 1 else ():
-                if hasattr(part, "process_group"):
-                    part.process_group = group
+        with ranks.among(self._updated) as group, _synced(self.metric, group, ranks):
             found = [*numbers(self.name, self.metric.compute())] if self._updated else []
         return ranks.from_first(found)  # type: ignore[no-any-return]
 
@@ -100,8 +98,25 @@ class Meter:
         self._kept.clear()
         rounds = itertools.zip_longest(*everywhere)  # the order of the data: rank by rank
         columns = zip(*(v for row in rounds for v in row if v is not None), strict=True)
-        value = self.metric(*map(_joined, columns)) if ranks.is_first else None
-        return ranks.from_first([*numbers(self.name, value)] if ranks.is_first else None)  # type: ignore[no-any-return]
+        found: list[tuple[str, float]] = together(
+            ranks, f"the metric {self.name!r}",
+            lambda: [*numbers(self.name, self.metric(*map(_joined, columns)))],
+        )  # fmt: skip
+        return found
+
+
+@contextmanager
+def _synced(metric: Any, group: Any, ranks: Ranks) -> Iterator[None]:
+    """Torchmetrics adds up over all processes that there are; let it do so over the state's."""
+    parts = [part for part in metric.modules() if hasattr(part, "process_group")]
+    before = [(part.process_group, part._to_sync) for part in parts]  # noqa: SLF001
+    for part in parts:
+        part.process_group, part._to_sync = group, ranks.size > 1  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for part, (own, syncs) in zip(parts, before, strict=True):
+            part.process_group, part._to_sync = own, syncs  # noqa: SLF001
 
 
 def _on_host(value: Any) -> Any:

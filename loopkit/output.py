@@ -98,7 +98,7 @@ def shared(loss: Tensor, weight: Weight | None, count: int | None, ranks: int = 
     With weights: loss * weight, to be divided by the total weight later. A single
     micro-batch is its own mean, unless other `ranks` have theirs. Where the weight is zero
     there is no gradient, though the loss, a mean over nothing, be NaN: None if the host
-    knows, else a masked loss, and so where other ranks wait for this one's backward pass.
+    knows, else a masked loss.
 
     Example:
         >>> shared(torch.tensor(3.0), None, 2), shared(torch.tensor(3.0), 4, 2)
@@ -110,10 +110,5 @@ def shared(loss: Tensor, weight: Weight | None, count: int | None, ranks: int = 
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, whole, 0)
     if weight == 0:
-        return None if ranks == 1 else masked(loss)
+        return None
     return whole
-
-
-def masked(loss: Tensor) -> Tensor:
-    """A loss whose backward pass runs and leaves zeros."""
-    return torch.where(torch.zeros((), dtype=torch.bool, device=loss.device), loss, 0)

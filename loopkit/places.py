@@ -12,7 +12,8 @@ from torch.optim import SGD, Optimizer
 from loopkit.data.order import Uneven
 from loopkit.errors import DataError, UsageError
 from loopkit.nested import batch_size
-from loopkit.output import masked, read_output, shared
+from loopkit.output import read_output, shared
+from loopkit.silence import silenced
 from loopkit.state import TrainState
 from loopkit.types import (
     Apply,
@@ -106,12 +107,12 @@ class Gradients:
             with self.around(state, last):
                 loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
                 if count == 1 and weight is None and not filler:
-                    share: Tensor | None = loss
-                elif filler:
-                    share, weight = masked(loss), None if weight is None else 0
-                else:
-                    share = shared(loss, weight, count, ranks)
-                if share is None:
+                    self.backward(state, loss)
+                elif filler or (ranks > 1 and type(weight) is not Tensor and weight == 0):
+                    weight = None if weight is None else 0
+                    with silenced(loss):  # other ranks wait for this one's backward pass
+                        self.backward(state, loss)
+                elif (share := shared(loss, weight, count, ranks)) is None:
                     without_gradient += 1
                 else:
                     self.backward(state, share)
@@ -121,7 +122,7 @@ class Gradients:
         if len(parts) != count:
             check_count(len(parts), count)
         if without_gradient == len(parts):
-            state.skip_if(True)  # a window over nothing says nothing
+            state.votes.append(torch.ones(()))  # to skip: a window over nothing says nothing
 
 
 def check_count(found: int, count: int | None) -> None:

@@ -8,6 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from loopkit.errors import RankError
+
 _NOTHING = nullcontext()
 
 
@@ -108,3 +110,24 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+
+
+def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
+    """Do on the first rank what only one process may, and give all ranks what it gave.
+
+    Raises:
+        RankError: On the other ranks, if the first one failed; there, its own error.
+    """
+    if ranks.alone:
+        return action()
+    result, failure = None, None
+    if ranks.is_first:
+        try:
+            result = action()
+        except Exception as error:
+            ranks.from_first((None, f"{type(error).__name__}: {error}"))
+            raise
+    result, failure = ranks.from_first((result, failure))
+    if failure is not None:
+        raise RankError(what, f"that rank 0 failed at it: {failure}", "as that error says")
+    return result

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 
-from loopkit.checked import check_model, check_optimizer
-from loopkit.errors import CompositionError, UsageError
+from loopkit.checked import as_vote, check_model, check_optimizer, check_parts
+from loopkit.errors import CompositionError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
@@ -96,6 +96,7 @@ class TrainState:
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     restored_rng: Any = None  # each rank's random states, of the last restore
+    restored_data: Any = None  # and each rank's place in its data
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
     preemption: Any = None  # what may ask the run to stop; polled between updates, and in evaluate
@@ -173,9 +174,10 @@ class TrainState:
 
         Args:
             vote: True, or a 0-d tensor that is non-zero, to skip. A tensor is not read here,
-                so voting never waits for the device.
+                so voting never waits for the device. On several ranks every rank votes at
+                each update, with a tensor.
         """
-        self.votes.append((torch.as_tensor(vote).detach() != 0).float() * SKIP)
+        self.votes.append(as_vote(vote, self.ranks) * SKIP)
 
     def raise_if(self, vote: Tensor | bool) -> None:
         """Vote to raise an error in place of this update; it outweighs votes to skip.
@@ -183,7 +185,7 @@ class TrainState:
         Args:
             vote: As for `skip_if`. What raises is the feature that owns the error.
         """
-        self.votes.append((torch.as_tensor(vote).detach() != 0).float() * RAISE)
+        self.votes.append(as_vote(vote, self.ranks) * RAISE)
 
     def begin_update(self, length: int | None) -> Outcome:
         """Forget the last update, its gradients and votes; start a window of `length`."""
@@ -272,18 +274,7 @@ class TrainState:
                 "other weights in the model's place, and its own to come back at the end",
                 "load_state_dict after the with block",
             )
-        if parts != state_dict.keys():
-            raise UsageError(
-                "state.load_state_dict(...)",
-                f"parts {sorted(state_dict)}",
-                f"a dict with exactly the parts {sorted(parts)}, as state.state_dict() gives it",
-            )
-        if lost := sorted(self.features.keys() - state_dict["features"].keys()):
-            raise UsageError(
-                "state.load_state_dict(...)",
-                f"nothing for {lost}, which this state has kept since it was trained",
-                "a fresh lk.TrainState for what was saved without it",
-            )
+        check_parts(state_dict, parts, self.features)
         state_dict = self.ranks.fitted(self, state_dict)
         self.model.load_state_dict(state_dict["model"])
         if self.optimizer is not None and state_dict["optimizer"] is not None:
@@ -291,21 +282,24 @@ class TrainState:
             self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
-        self.data, self.position = None, Position(**copy.deepcopy(dict(state_dict["data"])))
+        self.data, self.restored_data = None, copy.deepcopy(dict(state_dict["data"]))
         waiting = dict(state_dict["features"])
         restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
         self.pending = copy.deepcopy(waiting)
         restore(self.extras, state_dict["extras"])
         self.ranks.settle(self)
         self.restored_rng = state_dict["rng"].get("ranks") or [state_dict["rng"]]
-        self.take_rng()
+        self.take_own()
 
-    def take_rng(self) -> None:
-        """Go on with the random numbers of this rank, as they were restored.
+    def take_own(self) -> None:
+        """Go on with the random numbers and the place in the data of this rank, as restored.
 
         A rank that was not there when they were saved gets numbers of its own.
         """
         rank, saved = self.ranks.rank, self.restored_rng
+        data = {k: v for k, v in self.restored_data.items() if k != "ranks"}
+        own = self.restored_data.get("ranks", ())
+        self.position = Position(**copy.deepcopy(own[rank] if rank < len(own) else data))
         set_rng_state(saved[min(rank, len(saved) - 1)], self.device)
         if rank >= len(saved):
             seed_apart(rank)

@@ -23,10 +23,11 @@ from loopkit.checkpoint.owner import check_owner
 from loopkit.checkpoint.remote import Place, place_of
 from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
-from loopkit.checkpoint.saving import Saving, together
+from loopkit.checkpoint.saving import Saving
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.every import Every, Interval, Moment
+from loopkit.ranks import together
 from loopkit.state import TrainState
 
 
@@ -148,7 +149,9 @@ class Checkpointer:
         if ranks.from_first(self._saver.drops):
             return False
         whole = None if ranks.alone else ranks.whole(state)
-        saved: bool = together(ranks, lambda: self._save(state, whole, numbers))
+        saved: bool = together(
+            ranks, "checkpoints.save(state)", lambda: self._save(state, whole, numbers)
+        )
         if saved:
             state.checkpoints, self._saved_step = self, state.step
         return saved
@@ -255,7 +258,9 @@ class Checkpointer:
                 not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
-        restored = together(state.ranks, lambda: self._restore(state, which))
+        restored = together(
+            state.ranks, "checkpoints.restore(state)", lambda: self._restore(state, which)
+        )
         if restored is None:
             return False
         if not state.ranks.is_first:

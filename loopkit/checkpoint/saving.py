@@ -1,11 +1,8 @@
 """A run that saves itself between updates."""
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
 
-from loopkit.errors import CheckpointError
 from loopkit.every import Every, Moment
-from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.updates import Adapted
 
@@ -42,26 +39,3 @@ def _saved(
     if last is not None:
         save(last)
         wait()
-
-
-def together(ranks: Ranks, action: Callable[[], Any]) -> Any:
-    """Do on the first rank what only one process may, and give all ranks what it gave.
-
-    Raises:
-        CheckpointError: On the other ranks, if the first one failed; there, its own error.
-    """
-    if ranks.alone:
-        return action()
-    result, failure = None, None
-    if ranks.is_first:
-        try:
-            result = action()
-        except Exception as error:
-            ranks.from_first((None, f"{type(error).__name__}: {error}"))
-            raise
-    result, failure = ranks.from_first((result, failure))
-    if failure is not None:
-        raise CheckpointError(
-            "a checkpoint of several ranks", f"that rank 0 failed: {failure}", "as that error says"
-        )
-    return result

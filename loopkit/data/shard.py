@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from loopkit.check import at_least_one, one_of
 from loopkit.data.order import UNEVEN, AtFirst, Order, Part, Share, Uneven, Walk
 from loopkit.errors import DataError, UsageError
-from loopkit.limits import known_length
+from loopkit.limits import is_numbered, known_length
 from loopkit.opening import begun, dealing
 from loopkit.plain import is_stateful
 from loopkit.position import Position, index_name, sampler_order
@@ -286,8 +286,7 @@ def _kind(data: Any, share: Share, stream: str | None) -> type[Stream]:
                 'in_order=True, or uneven="drop"',
             )
         return Loaded
-    numbered = hasattr(data, "__getitem__") and not isinstance(data, Mapping | DataLoader)
-    if numbered and known_length(data) is not None:
+    if is_numbered(data):
         return Listed
     if stream == "split":
         return Stream

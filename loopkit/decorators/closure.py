@@ -3,6 +3,8 @@
 from typing import Any
 
 import attrs
+import torch
+from torch import Tensor
 
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.state import TrainState
@@ -18,10 +20,29 @@ class StepWithClosure:
         """The first evaluation is the one that the step has made already."""
         if state.verdict is not None and state.verdict.item():
             return False
-        computed = [state.loss]
+        computed = [_over_ranks(state)]
         optimizer: Any = state.optimizer
-        optimizer.step(lambda: computed.pop() if computed else recompute(state))
+
+        def closure() -> Tensor:
+            if computed:
+                return computed.pop()
+            recompute(state)
+            return _over_ranks(state)
+
+        optimizer.step(closure)
         return True
+
+
+def _over_ranks(state: TrainState) -> Tensor:
+    """The loss, equal on all ranks: line searches branch on it."""
+    if state.ranks.size == 1:
+        return state.loss
+    weight = state.outcome.total_weight()
+    count = torch.as_tensor(len(state.outcome.parts) if weight is None else weight)
+    count = count.to(state.device, torch.float64)
+    total = torch.where(count > 0, state.loss.double() * count, 0)
+    held = state.ranks.sum(torch.stack([total, count]))
+    return held[0] / held[1]
 
 
 def with_closure() -> Decorator:

@@ -58,12 +58,14 @@ class Parallelize:
         """Spread the state over the ranks, if there are several."""
         started = not dist.is_initialized()
         if join(self.timeout_s):
+            if state.device.type == "cuda":
+                torch.cuda.set_device(state.device)  # where NCCL and FSDP look
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
             ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
             if state.restored_rng is not None:
-                state.take_rng()
+                state.take_own()
             elif ranks.rank:
                 seed_apart(ranks.rank)  # the seed is often one for all, and so would dropout be
 

@@ -24,7 +24,9 @@ ANSWER_S = 3.0  # how long ranks that find the group broken wait for word from t
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001
+    """A client of the group's store, with a time limit of its own."""
+    store: Any = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+    return store.clone()
 
 
 def tell(error: BaseException) -> None:

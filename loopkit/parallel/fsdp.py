@@ -1,6 +1,6 @@
 """Sharded data parallel: parameters, gradients and optimizer state in parts, one on each rank."""
 
-import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -132,8 +132,7 @@ class FSDP:
 
     def _mesh(self, device: str) -> DeviceMesh:
         world = dist.get_world_size()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        copies = world // local if isinstance(self.replicas, str) else self.replicas
+        copies = _hosts() if isinstance(self.replicas, str) else self.replicas
         if copies == 1:
             return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
         if world % copies:
@@ -159,6 +158,13 @@ def _explain_sharded(error: RuntimeError, state: TrainState) -> None:
             'lk.distributed(lk.FSDP(methods=("its_name",))); or a step function that calls'
             " state.model(...)",
         ) from error
+
+
+def _hosts() -> int:
+    """On how many hosts the processes are; by their names, which every launcher has."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return len({*names})
 
 
 def blocks_of(model: nn.Module, wanted: Blocks) -> list[nn.Module]:

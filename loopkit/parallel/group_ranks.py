@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
 
 from loopkit.data.shard import is_shared_out, sharded
-from loopkit.limits import batch_limit
+from loopkit.errors import DataError
+from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
 from loopkit.parallel.group import wait_at_most
@@ -74,19 +76,23 @@ class GroupRanks(Ranks):
 
     def share_once(self, data: Any, limit_batches: float | None = None) -> Any:
         """The same, by itself and with fillers; of the first batches of all ranks."""
+        _check_sampler(data)
         if limit_batches is None:
             return self._part(data, "exact")
         first = batch_limit(data, limit_batches)
-        if is_shared_out(data, self.stream):  # its length is that of this rank's own part
+        if is_shared_out(data, self._stream_of(data)):  # its length is that of this rank's own part
             whole = isinstance(limit_batches, int)
             first = int(limit_batches) if whole else first and first * self.size
         return self._part(data, "exact", first or None)
 
     def _part(self, data: Any, uneven: str, first: int | None = None) -> Any:
         return sharded(
-            data, self.rank, self.size, uneven,
-            first=first, stream=self.stream, count=self._count, share_start=self.from_first,
+            data, self.rank, self.size, uneven, first=first, stream=self._stream_of(data),
+            count=self._count, share_start=self.from_first,
         )  # fmt: skip
+
+    def _stream_of(self, data: Any) -> str | None:
+        return None if is_numbered(data) else self.stream
 
     def _count(self, flag: bool) -> int:
         return int(self.sum(torch.tensor(float(flag), device=host_device())))
@@ -146,6 +152,16 @@ class GroupRanks(Ranks):
         """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
         for buffer in model.buffers():
             guarded(dist.broadcast, "taking rank 0's buffers", buffer, 0)
+
+
+def _check_sampler(data: Any) -> None:
+    sampler = getattr(data, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler.total_size != len(sampler.dataset):  # type: ignore[arg-type]
+        raise DataError(
+            "evaluating data with a DistributedSampler",
+            f"{sampler.total_size} samples dealt out of {len(sampler.dataset)}: some twice",  # type: ignore[arg-type]
+            "a plain DataLoader(dataset, batch_size): it is dealt out exactly",
+        )
 
 
 def start_equal(model: nn.Module) -> None:

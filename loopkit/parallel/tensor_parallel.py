@@ -14,6 +14,7 @@ from loopkit.parallel.ddp import check_optimizer
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group_ranks import GroupRanks, start_equal
 from loopkit.parallel.repoint import names_of, repoint
+from loopkit.rng import rng_state, set_rng_state
 from loopkit.state import TrainState
 
 
@@ -72,7 +73,15 @@ class TensorParallel:
         else:
             ranks = self.data.shard(state, mesh["data"])
         _take_one_by_one(state)
+        _draw_alike(state, mesh["model"].get_group())
         return ranks
+
+
+def _draw_alike(state: TrainState, group: Any) -> None:
+    """Let the ranks of a group take the batches, and draw the dropout, of its first one."""
+    held = [rng_state(state.device)]
+    dist.broadcast_object_list(held, group=group, group_src=0)
+    set_rng_state(held[0], state.device)
 
 
 def _take_one_by_one(state: TrainState) -> None:

@@ -20,7 +20,7 @@ def whole(state: TrainState) -> dict[str, Any] | None:
     parts, first = state.state_dict(), state.ranks.is_first
     if state.ranks.shards_optimizer:
         parts["optimizer"] = gathered(state, parts["optimizer"])
-    rng = state.ranks.gather(parts["rng"])
+    rng, data = state.ranks.gather(parts["rng"]), state.ranks.gather(parts["data"])
 
     def put_together(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
@@ -29,7 +29,12 @@ def whole(state: TrainState) -> dict[str, Any] | None:
         return full.cpu() if first else full.new_empty(0)
 
     found = {name: map_tensors(put_together, part) for name, part in parts.items()}
-    return {**found, "rng": {**parts["rng"], "ranks": rng}} if first else None
+    if not first:
+        return None
+    found["rng"] = {**parts["rng"], "ranks": rng}
+    if parts["data"]["counts"] == "share":  # each rank has data, and a place in it, of its own
+        found["data"] = {**parts["data"], "ranks": data}
+    return found
 
 
 def fitted(state: TrainState, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Optimizer state in parts, one on each rank (ZeRO stage 1)."""
 
+import inspect
 from typing import Any
 
 import attrs
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from loopkit.errors import CompositionError
+from loopkit.nested import map_tensors
 from loopkit.parallel.failure import guarded
 from loopkit.state import TrainState
 from loopkit.types import Apply, Recompute
@@ -40,6 +43,13 @@ class UpdateOwnPart:
         """Update this rank's part, then take over the other ranks' parts."""
         if not state.ranks.shards_optimizer:
             return self.inner(state, recompute)
+        closure = inspect.signature(state.optimizer.step).parameters.get("closure")  # type: ignore[union-attr]
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise CompositionError(
+                'distributed("zero1")',
+                f"a {type(state.optimizer).__name__}, which evaluates the loss for all parameters",
+                'distributed("ddp")',
+            )
         parameters, groups = state.parameters(), state.optimizer.param_groups  # type: ignore[union-attr]
         owner, rank = owners(parameters, state.ranks.size), state.ranks.rank
         of = dict(zip(map(id, parameters), owner, strict=True))
@@ -63,7 +73,8 @@ class UpdateOwnPart:
 def gathered(state: TrainState, optimizer: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state dict with the parts of all ranks, on the first rank."""
     parts: list[Any] | None = [None] * dist.get_world_size() if state.ranks.is_first else None
-    dist.gather_object(optimizer["state"], parts)
+    mine = map_tensors(lambda tensor: tensor.cpu(), optimizer["state"])
+    guarded(dist.gather_object, "gathering the optimizer's state", mine, parts)
     whole = {key: value for part in parts or [optimizer["state"]] for key, value in part.items()}
     return optimizer | {"state": dict(sorted(whole.items()))}
 
