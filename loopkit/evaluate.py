@@ -106,9 +106,9 @@ def evaluate(
     if not named:
         raise empty(data, "no loader in it")
     scores: dict[str, float] = {}
-    state.ranks.begin_evaluation(state.model)
+    kept = untouched_rng(state.device, named.values())
     try:
-        with untouched_rng(state.device, named.values()), eval_modes(state):
+        with kept, eval_modes(state), state.ranks.evaluating(state.model):
             for name, loader in named.items():
                 context = _gradless(inference_mode)
                 outputs = outputs_of(lifted, state, loader, limit_batches, context)

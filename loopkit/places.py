@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from loopkit.data.order import Uneven
-from loopkit.errors import DataError, UsageError
+from loopkit.errors import DataError, OutputError, UsageError
 from loopkit.nested import batch_size
 from loopkit.output import read_output, shared
 from loopkit.silence import silenced
@@ -106,6 +106,8 @@ class Gradients:
             last = len(parts) + 1 == count or (count is None and micro_batches.at_end)  # type: ignore[attr-defined]
             with self.around(state, last):
                 loss, weight, scalars, state.output = read_output(self.forward(state, micro_batch))
+                if state.unproven and len(parts) > without_gradient:
+                    _check_kept(state)
                 if count == 1 and weight is None and not filler:
                     self.backward(state, loss)
                 elif filler or (ranks > 1 and type(weight) is not Tensor and weight == 0):
@@ -123,6 +125,16 @@ class Gradients:
             check_count(len(parts), count)
         if without_gradient == len(parts):
             state.votes.append(torch.ones(()))  # to skip: a window over nothing says nothing
+
+
+def _check_kept(state: TrainState) -> None:
+    """In the first window: the gradients of its earlier micro-batches are still there."""
+    if state.ranks.alone and state.optimizer is not None and not state.gradients():
+        raise OutputError(
+            "a step function with accumulation",
+            "no gradients of the micro-batches before: something in it has cleared them",
+            "no optimizer.zero_grad() in the step function: an update begins by it",
+        )
 
 
 def check_count(found: int, count: int | None) -> None:

@@ -104,6 +104,10 @@ class Ranks:
     def updated(self) -> None:
         """What follows each update."""
 
+    def evaluating(self, model: torch.nn.Module) -> AbstractContextManager[Any]:  # noqa: ARG002
+        """A context in which what only one rank's copy has right is the same on all: buffers."""
+        return _NOTHING
+
     def begin_evaluation(self, model: torch.nn.Module) -> None:
         """Make what only one rank's copy has right the same on all: buffers."""
 

@@ -43,7 +43,7 @@ class TrainState:
         step: Updates so far, one for each call of a step, skipped ones included.
         epoch: Epochs finished so far; at the last update of an epoch still its number.
         batch: Batches (micro-batches too) that `run` has taken in this epoch.
-        samples: Samples taken so far.
+        samples: Samples taken so far, by this rank.
         taken: Batches that `run` took for the last update; 0 before the first one.
         epoch_batches: Batches of an epoch of the run, where that is known.
         epoch_end: True at the last update of an epoch.

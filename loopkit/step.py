@@ -206,7 +206,7 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
                 raise CompositionError(
                     f"{feature.name} composed with {features[other].name}",
                     f"that both {claim[0]} {claim[1]!r}",
-                    "one of the two (a name can be chosen where the decorator takes name=...)",
+                    "one of the two" + ", or another name=..." * claim[0].startswith("keep"),
                 )
     for feature in features:
         _check_excluded(feature, [other for other in features if other.name != feature.name])

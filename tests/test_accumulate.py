@@ -191,3 +191,14 @@ def test_a_lazy_window_is_read_one_micro_batch_ahead():
 
     lk.with_grad_accum(4)(spy)(make_state(), lk.Window(stream()))
     assert ahead == [2, 3, 4, 4]
+
+
+def test_clearing_gradients_within_a_window_is_an_error():
+    """A zero_grad left in the step function would leave the last micro-batch alone."""
+
+    def step(state, batch):
+        state.optimizer.zero_grad()
+        return classifier(state, batch)
+
+    with pytest.raises(lk.OutputError, match="zero_grad"):
+        lk.run(lk.with_grad_accum(2)(step), make_state(), make_batches(4), max_epochs=1).finish()

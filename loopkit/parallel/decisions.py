@@ -50,7 +50,8 @@ def reduce(
 
     `mean = sum_r(weight_r * value_r) / sum_r(weight_r)`, in one exchange of float64. Every rank
     has to call it, with the same names; it waits for the device and for all ranks.
-    `lk.reduce(state.metrics)` gives the loss over all ranks, where `state.metrics` is this rank's.
+    `lk.reduce(state.metrics)` gives the mean of the ranks' losses, where `state.metrics` is this
+    rank's; with `weight=state.outcome.total_weight()` that over all that they counted.
 
     Args:
         values: By name, numbers or 0-d tensors.

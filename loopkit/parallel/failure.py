@@ -156,7 +156,8 @@ def explain(error: Exception, when: str) -> None:
     raise RankError(
         f"{when} on rank {dist.get_rank()} of {dist.get_world_size()}",
         culprits() or f"a failed collective: {error}",
-        "a look at that rank's output; torchrun --max-restarts=3 starts all again, and"
+        "a look at that rank's output (all ranks have to call evaluate, save and reduce, and to"
+        " break together: lk.agree(flag)); torchrun --max-restarts=3 starts all again, and"
         " checkpoints.restore(state) goes on from the last checkpoint",
     ) from error
 

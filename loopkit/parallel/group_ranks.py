@@ -148,6 +148,17 @@ class GroupRanks(Ranks):
         finally:
             dist.destroy_process_group(group)
 
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Within it buffers are as rank 0 has them; then each rank's own come back."""
+        own = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self.begin_evaluation(model)
+        try:
+            yield
+        finally:
+            for buffer, value in own:
+                buffer.copy_(value)
+
     def begin_evaluation(self, model: nn.Module) -> None:
         """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
         for buffer in model.buffers():
