@@ -87,7 +87,7 @@ def _shuffles(data: Iterable[Any]) -> bool:
     """Whether a loader is known to; its sampler may stand within a batch sampler."""
     if not isinstance(data, DataLoader):
         return False
-    if isinstance(data.sampler, DistributedSampler):  # deals out in an order of its own
-        return True
+    if isinstance(data.sampler, DistributedSampler):  # deals out samples, not batches
+        return data.sampler.shuffle or data.batch_size != 1
     samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))
     return any(isinstance(sampler, SHUFFLING) for sampler in samplers)

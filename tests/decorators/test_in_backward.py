@@ -165,6 +165,7 @@ def test_what_needs_all_gradients_is_refused(other):
 
 def test_optimizers_whose_parameters_depend_on_each_other_are_refused():
     """LBFGS, and optimizers that count in their groups, are told with what to use."""
+    pytest.importorskip("schedulefree")
     lbfgs = state_with(lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]))
     free = make_state()
     schedule_free = lk.create_optimizer(free.model.parameters(), "schedule_free_sgd", lr=0.1)
