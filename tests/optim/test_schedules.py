@@ -303,13 +303,13 @@ BAD = {
     "a fraction without a total": (
         lambda: (lk.warmup(10, peak=1.0) >> lk.cosine(0.9))(0),
         "0.9 of a total",
-        "over(total_",
+        "schedule.over(",
     ),
-    "a rest without a total": (lambda: lk.cosine(peak=1.0)(0), "all that other", "over(total_"),
+    "a rest without a total": (lambda: lk.cosine(peak=1.0)(0), "all that other", "schedule.over("),
     "an endless phase before another": (
         lambda: (lk.constant(value=1.0) >> lk.cosine(9))(0),
         "all that other",
-        "over(total_",
+        "schedule.over(",
     ),
     "a learning rate for a length": (lambda: lk.constant(3e-4)(0), "0.0003 of a total", "over("),
     "a length of 0.0": (lambda: lk.warmup(0.0), "steps = 0.0", "(0, 1]"),
