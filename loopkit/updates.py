@@ -2,16 +2,16 @@
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
-from types import TracebackType
-from typing import Concatenate, ParamSpec, Self
+from typing import Concatenate, ParamSpec
 
+from loopkit.closing import Closing
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
 
 P = ParamSpec("P")
 
 
-class Updates:
+class Updates(Closing):
     """An iterator over states that can be closed, as `with` does at the end of its block."""
 
     def __init__(self, states: Generator[TrainState]) -> None:
@@ -22,17 +22,6 @@ class Updates:
 
     def __next__(self) -> TrainState:
         return next(self._states)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def finish(self) -> TrainState:
         """Go on to the end, and return the state: a loop without a body.

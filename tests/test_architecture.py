@@ -71,7 +71,7 @@ state feed
 limits device output opening functional graphs background
 check checked outcome window interrupt seed position
 nested plain extras rng counting norms data.order data.samples data.watch ranks silence
-errors exact data.epoch data
+errors exact closing data.epoch data
 """.split("\n")[1:-1]
 
 

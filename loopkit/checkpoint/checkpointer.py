@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 import attrs
@@ -25,6 +24,7 @@ from loopkit.checkpoint.restore import Restored, restore_first, restore_one
 from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving
 from loopkit.checkpoint.snapshot import Scores, checked_scores
+from loopkit.closing import Closing
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.every import Every, Interval, Moment
 from loopkit.ranks import together
@@ -50,7 +50,7 @@ def _check_keep_best(checkpointer: Any, attribute: Any, value: Any) -> None:  # 
 
 
 @attrs.define(eq=False)
-class Checkpointer:
+class Checkpointer(Closing):
     """Saves a state into a folder, and restores it from there.
 
     Whenever the process or the machine stops, each checkpoint on disk is complete, and the
@@ -109,17 +109,6 @@ class Checkpointer:
 
     def __deepcopy__(self, memo: object) -> "Checkpointer":
         return self  # a copy of a state saves in the same folder
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def failures(self) -> int:

@@ -4,10 +4,10 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from loopkit.check import near
+from loopkit.closing import Closing
 from loopkit.errors import UsageError
 from loopkit.every import Every, Interval, Moment
 from loopkit.observe.console import Console
@@ -34,7 +34,7 @@ Written = Sink | Callable[[Record], Any] | str
 Extra = Callable[[TrainState], Mapping[str, Any]]
 
 
-class Log:
+class Log(Closing):
     """Logs numbers of a run to files and trackers, all by one call.
 
     `log(state)` logs `state.metrics`; `log(state, **scores)` logs what you name. Numbers on a
@@ -152,17 +152,6 @@ class Log:
     def close(self) -> None:
         """Write what was logged, and close the sinks."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check(self, state: object) -> None:
         if not isinstance(state, TrainState):
