@@ -1,5 +1,6 @@
 """The processes that train one state together; one process is the case of one rank."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -135,3 +136,15 @@ def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
     if failure is not None:
         raise RankError(what, f"that rank 0 failed at it: {failure}", "as that error says")
     return result
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that writes: rank 0, or the only one.
+
+    Example:
+        >>> is_main_rank()
+        True
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # launched by torchrun, and not joined yet

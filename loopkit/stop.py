@@ -1,7 +1,6 @@
 """Stopping early, when a score says so."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from loguru import logger
 
 from loopkit.check import at_least_one, near, one_of
 from loopkit.errors import UsageError
+from loopkit.ranks import is_main_rank
 
 
 def _monitor(stop: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
@@ -97,7 +97,7 @@ class EarlyStopping:
                 f"EarlyStopping of {near(self.monitor, scores)}",
             )
         self.reason = self._judge(float(scores[self.monitor]))
-        if self.reason is not None and os.environ.get("RANK", "0") == "0":  # all ranks say it
+        if self.reason is not None and is_main_rank():  # all ranks say it
             logger.info("stop: {}", self.reason)
         return self.reason is not None
 

@@ -34,7 +34,7 @@ observe.delivery observe.console observe.trackers observe.progress observe.timin
 observe.profile observe.summary observe.monitor
 observe.files observe.display observe.fetch observe.flops observe.peak
 observe.sink
-observe.record observe.rank observe.stopwatch
+observe.record observe.stopwatch
 observe
 evaluate
 data.lengths data.collate

@@ -14,10 +14,10 @@ from loopkit.observe.console import Console
 from loopkit.observe.delivery import Delivery, Guarded
 from loopkit.observe.fetch import fetch
 from loopkit.observe.files import CSV, JSONL
-from loopkit.observe.rank import is_main_rank
 from loopkit.observe.record import Record, flat
 from loopkit.observe.sink import Function, Opening, Sink
 from loopkit.observe.trackers import MLflow, TensorBoard, WandB
+from loopkit.ranks import is_main_rank
 from loopkit.state import TrainState
 from loopkit.updates import Adapted, check_updates
 

@@ -13,7 +13,7 @@ import torch
 
 from loopkit.check import at_least_one, one_of
 from loopkit.errors import UsageError
-from loopkit.observe.rank import is_main_rank
+from loopkit.ranks import is_main_rank
 from loopkit.state import TrainState
 from loopkit.updates import Adapted, check_updates
 

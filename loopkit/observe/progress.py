@@ -14,7 +14,7 @@ from loopkit.feed import reading
 from loopkit.limits import known_length
 from loopkit.observe.display import Bar, Display, Lines, Pace, Shown, amount, is_fancy
 from loopkit.observe.fetch import Fetched, fetch
-from loopkit.observe.rank import is_main_rank
+from loopkit.ranks import is_main_rank
 from loopkit.state import TrainState
 from loopkit.updates import Adapted, check_updates
 
