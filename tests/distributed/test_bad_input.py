@@ -159,7 +159,7 @@ def unpicklable():
             60,
         ),
         (one_exits, ("rank 1 failed", "exit code 7"), 60),
-        (one_hangs, ("1 still running at the time limit",), 20),
+        (one_hangs, ("1 still running at the time limit",), 6),
         (unpicklable, ("failed", "pickle"), 60),
     ],
 )
