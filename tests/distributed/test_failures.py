@@ -59,8 +59,8 @@ def stopping():
     pair = [*ranks("stops", port)]
     yield pair
     for process in pair:
-        process.kill()
-        process.communicate()
+        with process:
+            process.kill()
 
 
 @pytest.mark.timeout(200)
