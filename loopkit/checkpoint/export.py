@@ -16,7 +16,7 @@ from loopkit.checkpoint.difference import frozen_names, mismatched, shown, witho
 from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
 from loopkit.checkpoint.folder import read_checkpoint
 from loopkit.checkpoint.format import Encoder
-from loopkit.checkpoint.read import read
+from loopkit.checkpoint.read import read_model
 from loopkit.checkpoint.remote import Place, Remote, place_of
 from loopkit.checkpoint.tensors import copy_to_host
 from loopkit.errors import CheckpointError, UsageError
@@ -189,8 +189,7 @@ def _remedy(report: WeightsReport) -> str:
 
 def _read_weights(path: Place) -> dict[str, Any]:
     if is_folder(path) or (isinstance(path, Path) and path.is_dir()):
-        weights: dict[str, Any] = read(read_checkpoint(path)).state["model"]
-        return weights
+        return read_model(read_checkpoint(path))
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, "weights.safetensors")

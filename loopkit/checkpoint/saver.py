@@ -1,13 +1,16 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
+import contextlib
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 from loguru import logger
 from torch import Tensor
 
-from loopkit.checkpoint.commit import Store
+from loopkit.checkpoint.commit import Exchange, Store, write_together
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
 from loopkit.checkpoint.messages import SAVE
@@ -46,13 +49,11 @@ class Saver:
         """Whether a save would come too early, and is to be left out then."""
         return self._writer.busy and self.options.when_busy == "drop"
 
-    def save(self, state: TrainState, whole: Any, scores: dict[str, float], *, known: bool) -> bool:
-        """Copy a state and begin to write it, when the one before is written.
+    def ready(self, state: TrainState, *, known: bool) -> bool:
+        """Have written the save before, and the folder for this process; on the first rank.
 
         Args:
             state: What is saved.
-            whole: What gives its state dict.
-            scores: What it is saved with.
             known: Whether the state comes from a checkpoint in the folder.
 
         Returns:
@@ -62,15 +63,36 @@ class Saver:
         if (lost := unsaveable(state.extras)) and not self._told:
             self._told = True
             _tell_unsaved(lost)
+        return self._tried(lambda: self._claim(state, known=known)) is not None
+
+    def take(self, state: TrainState, scores: dict[str, float]) -> Snapshot | None:
+        """Copy what this rank has of a state; on all ranks."""
+        self._writer.join()
+        kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
+        return take(state, state.ranks.in_parts(state), scores, self._buffers, **kinds)
+
+    def begin(self, state: TrainState) -> str | None:
+        """Make the place that all ranks write into; None where that failed."""
+        place: str | None = self._tried(lambda: self._store().begin(state.step))
+        return place
+
+    def start(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
+        """Begin to write what was copied.
+
+        Args:
+            taken: What this rank writes.
+            place: Where, if it is there already.
+            exchange: What tells the ranks of each other's writing.
+        """
+        if place is not None or taken is not None:
+            self._writer.start(functools.partial(self._write, taken, place, exchange))
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
         try:
-            self._claim(state, known=known)
-            kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
-            taken = take(state, whole(), scores, self._buffers, **kinds)
+            return action()
         except OSError as error:
             self._fail(error)
-            return False
-        self._writer.start(lambda: self._write(taken))
-        return True
+            return None
 
     def join(self) -> None:
         """Wait for the last save, without asking how it went."""
@@ -93,10 +115,10 @@ class Saver:
                 self._lock.release()
                 self._lock = None
 
-    def _claim(self, state: TrainState, *, known: bool) -> None:
+    def _claim(self, state: TrainState, *, known: bool) -> bool:
         """Make the folder this process's own."""
         if self._lock is not None and self._lock.is_held():
-            return
+            return True
         self._store().make_root()
         self._lock = self._store().lock()
         later = [c for c in contents(self.root).intact if c.step > state.step]
@@ -106,17 +128,29 @@ class Saver:
                 f"{later[-1]} of another run in {self.root}",
                 "checkpoints.restore(state) before, to go on with that run; or another folder",
             )
+        return True
 
     def _store(self) -> Store | ObjectStore:
         if isinstance(self.root, Remote):
             return ObjectStore(self.root, self.options.sha256)
         return Store(self.root, self.options.disk, self.options.sha256, self.options.private)
 
-    def _write(self, taken: Snapshot) -> None:
-        found, store = contents(self.root).intact, self._store()
+    def _write(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
+        store, files = self._store(), {} if taken is None else taken.files()
+        if taken is None or taken.manifest is None:  # the first rank tells of what fails
+            with contextlib.suppress(CheckpointError, OSError):
+                write_together(lambda: store.write(str(place), files), exchange)
+            return
+        place = place or store.begin(taken.manifest.step)
+        try:
+            written = write_together(lambda: store.write(place, files), exchange)
+            found = contents(self.root).intact
+        except BaseException:
+            store.abandon(place)
+            raise
         serial = 1 + max((c.manifest.serial for c in found), default=0)
-        store.clean()
-        saved = store.commit(taken.files(), attrs.evolve(taken.manifest, serial=serial))
+        manifest = attrs.evolve(taken.manifest, serial=serial, files=written)
+        saved = store.finish(place, manifest)
         self.failures = 0
         logger.info("saved {} in {}", saved, self.root)
         try:

@@ -62,6 +62,7 @@ class Parallelize:
                 torch.cuda.set_device(state.device)  # where NCCL and FSDP look
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            ranks.patience_s = self.timeout_s
             ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
             if state.restored_rng is not None:

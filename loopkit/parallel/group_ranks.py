@@ -1,6 +1,8 @@
 """Ranks that talk through a process group."""
 
-from collections.abc import Iterator, Mapping
+import datetime
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +18,8 @@ from loopkit.errors import DataError
 from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
-from loopkit.parallel.group import wait_at_most
-from loopkit.parallel.whole import fitted, settle, whole
+from loopkit.parallel.group import TIMEOUT_S, wait_at_most
+from loopkit.parallel.whole import fitted, in_parts, settle
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
@@ -33,13 +35,16 @@ class GroupRanks(Ranks):
         uneven: What ranks do that run out of data before others; see `sharded`.
         stream: How data is shared out that has no numbered samples.
         timeout_s: After the first update, how long a rank waits for another.
+        patience_s: How long a thread waits for those of other ranks.
     """
 
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
     timeout_s: float | None = None
+    patience_s: float = TIMEOUT_S
     _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
+    _aside: Any = None
 
     @property
     def alone(self) -> bool:
@@ -121,9 +126,27 @@ class GroupRanks(Ranks):
             wait_at_most(self.timeout_s, {None, self.group})
             self.timeout_s = None
 
-    def whole(self, state: TrainState) -> Any:
-        """`state.state_dict()` as of one process, on the first rank; None on the others."""
-        return whole(state)
+    @property
+    def number(self) -> int:
+        """Number of this process among all, those that hold the same data too."""
+        return dist.get_rank()
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on each of them."""
+        held: list[Any] = [None] * dist.get_world_size()
+        guarded(dist.all_gather_object, "gathering from all ranks", held, value)
+        return held
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """What does the same in a thread, beside the training; all have to call this."""
+        if self._aside is None:
+            patience = datetime.timedelta(seconds=self.patience_s)
+            self._aside = dist.new_group(backend="gloo", timeout=patience)
+        return functools.partial(_gathered, self._aside)
+
+    def in_parts(self, state: TrainState) -> Any:
+        """`state.state_dict()`, with a `Part` for what is spread; all have to call it."""
+        return in_parts(state)
 
     def fitted(self, state: TrainState, state_dict: Mapping[str, Any]) -> Any:
         """A whole state dict as this rank's part of the state takes it."""
@@ -163,6 +186,12 @@ class GroupRanks(Ranks):
         """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
         for buffer in model.buffers():
             guarded(dist.broadcast, "taking rank 0's buffers", buffer, 0)
+
+
+def _gathered(group: Any, value: Any) -> list[Any]:
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, value, group)
+    return held
 
 
 def _check_sampler(data: Any) -> None:
