@@ -156,21 +156,31 @@ def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
     return result
 
 
-def everywhere(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
+Exchange = Callable[[Any], list[Any]]
+"""What gives each process the values of all, in their order."""
+
+
+def everywhere(exchange: Exchange, what: str, action: Callable[[], Any]) -> Any:
     """Do on every rank what may fail on one: then it fails on all.
+
+    Args:
+        exchange: `ranks.everyone`; or in a thread what `ranks.aside()` gave.
+        what: For the error.
+        action: What must not talk to other ranks: it may end early.
 
     Raises:
         DamageError: On all, where it is what every rank that failed found.
         RankError: On the ranks that did not fail, otherwise; on the others, their own error.
     """
-    if ranks.alone:
-        return action()
     result = failure = None
     try:
         result = action()
     except Exception as error:  # noqa: BLE001  # raised below, when the others know
         failure = error
-    said = ranks.everyone(failure and (isinstance(failure, DamageError), _words(failure)))
+    try:
+        said = exchange(failure and (isinstance(failure, DamageError), _words(failure)))
+    except Exception as error:
+        raise failure or error from error
     failed = [(rank, *told) for rank, told in enumerate(said) if told]
     if not failed:
         return result

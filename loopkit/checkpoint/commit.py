@@ -3,9 +3,8 @@
 import contextlib
 import errno
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -13,40 +12,8 @@ from loopkit.checkpoint.disk import Disk, is_folder, names
 from loopkit.checkpoint.folder import TEMPORARY, Checkpoint, free_name
 from loopkit.checkpoint.lock import Lock
 from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest, Sums
-from loopkit.checkpoint.messages import SAVE
-from loopkit.errors import CheckpointError
 
 Chunks = Iterable[memoryview]
-GO_ON = "the output of that rank; what was saved before is untouched"
-Exchange = Callable[[Any], list[Any]]
-"""What gives all ranks the values of all, in the order of the ranks."""
-
-
-def write_together(write: Callable[[], dict[str, File]], exchange: Exchange) -> dict[str, File]:
-    """The files that all ranks have written; what fails on one, fails on all.
-
-    Raises:
-        OSError: What this rank's own writing raised.
-        CheckpointError: If another rank's failed, or a rank is gone.
-    """
-    own: dict[str, File] = {}
-    failure = None
-    try:
-        own = write()
-    except Exception as error:  # noqa: BLE001  # raised below, when the others know
-        failure = error
-    try:
-        said = exchange((own, failure and f"{type(failure).__name__}: {failure}"))
-    except Exception as error:
-        raise failure or CheckpointError(
-            SAVE, f"that another rank has gone while it wrote its part ({error})", GO_ON
-        ) from error
-    if failure is not None:
-        raise failure
-    for rank, (_, words) in enumerate(said):
-        if words:
-            raise CheckpointError(SAVE, f"on rank {rank} {words}", GO_ON)
-    return {name: file for files, _ in said for name, file in files.items()}
 
 
 def write_file(disk: Disk, path: Path, chunks: Chunks, *, sha256: bool = False) -> File:

@@ -94,8 +94,8 @@ def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
         DamageError: If it is not intact; the state is as it was.
         CheckpointError: If it does not fit the state, which is as it was.
     """
-    loaded, changes = everywhere(state.ranks, RESTORE, lambda: _read(state, checkpoint))
-    everywhere(state.ranks, RESTORE, lambda: _apply(state, loaded, checkpoint))
+    loaded, changes = everywhere(state.ranks.everyone, RESTORE, lambda: _read(state, checkpoint))
+    everywhere(state.ranks.everyone, RESTORE, lambda: _apply(state, loaded, checkpoint))
     for change in changes:
         logger.info("restored {}: {}", checkpoint, change)
     return Restored(checkpoint, changes=changes)

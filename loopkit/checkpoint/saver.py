@@ -1,6 +1,5 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -10,17 +9,19 @@ import attrs
 from loguru import logger
 from torch import Tensor
 
-from loopkit.checkpoint.commit import Exchange, Store, write_together
+from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
+from loopkit.checkpoint.manifest import File, Manifest
 from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.objects import ObjectLock, ObjectStore
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
-from loopkit.errors import CheckpointError, CheckpointWarning
+from loopkit.errors import CheckpointError, CheckpointWarning, RankError
 from loopkit.plain import unsaveable
+from loopkit.ranks import Exchange, everywhere
 from loopkit.state import TrainState
 
 
@@ -68,6 +69,7 @@ class Saver:
     def take(self, state: TrainState, scores: dict[str, float]) -> Snapshot | None:
         """Copy what this rank has of a state; on all ranks."""
         self._writer.join()
+        self._writer.error()  # which the first rank has told of
         kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
         return take(state, state.ranks.in_parts(state), scores, self._buffers, **kinds)
 
@@ -136,22 +138,36 @@ class Saver:
         return Store(self.root, self.options.disk, self.options.sha256, self.options.private)
 
     def _write(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
+        """Write what this rank has; the first rank makes a checkpoint of what all have written."""
         store, files = self._store(), {} if taken is None else taken.files()
-        if taken is None or taken.manifest is None:  # the first rank tells of what fails
-            with contextlib.suppress(CheckpointError, OSError):
-                write_together(lambda: store.write(str(place), files), exchange)
-            return
-        place = place or store.begin(taken.manifest.step)
+        manifest = None if taken is None else taken.manifest
+        place = place or store.begin(manifest.step)  # type: ignore[union-attr]
         try:
-            written = write_together(lambda: store.write(place, files), exchange)
+            own = everywhere(exchange, SAVE, lambda: store.write(place, files))
+            written = {name: file for held in exchange(own) for name, file in held.items()}
+        except BaseException:
+            if manifest is not None:
+                store.abandon(place)
+            raise
+        everywhere(exchange, SAVE, lambda: self._commit(store, place, manifest, written))
+        self.failures = 0
+
+    def _commit(
+        self,
+        store: Store | ObjectStore,
+        place: str,
+        manifest: Manifest | None,
+        written: dict[str, File],
+    ) -> None:
+        if manifest is None:
+            return
+        try:
             found = contents(self.root).intact
         except BaseException:
             store.abandon(place)
             raise
         serial = 1 + max((c.manifest.serial for c in found), default=0)
-        manifest = attrs.evolve(taken.manifest, serial=serial, files=written)
-        saved = store.finish(place, manifest)
-        self.failures = 0
+        saved = store.finish(place, attrs.evolve(manifest, serial=serial, files=written))
         logger.info("saved {} in {}", saved, self.root)
         try:
             store.discard(self.retention.expendable((*found, saved)))
@@ -164,9 +180,10 @@ class Saver:
 
     def _fail(self, error: BaseException) -> None:
         self.failures += 1
-        if not isinstance(error, OSError | CheckpointError):
+        if not isinstance(error, OSError | CheckpointError | RankError):
             raise error  # by no policy: it would not go away
-        failure = error if isinstance(error, CheckpointError) else self._not_written(error)
+        told = isinstance(error, CheckpointError | RankError)
+        failure = error if told else self._not_written(error)  # type: ignore[arg-type]
         if self.options.on_error == "raise" or self.failures > self.options.max_failures:
             raise failure
         logger.warning("{}", failure)

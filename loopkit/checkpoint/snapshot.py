@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -23,7 +23,7 @@ from loopkit.checkpoint.pieces import name_of, plan
 from loopkit.checkpoint.read import TREE, TREE_LIMIT, parts_of
 from loopkit.checkpoint.tensors import TensorFile, copy_to_host
 from loopkit.errors import NonFiniteError, UsageError
-from loopkit.ranks import everywhere
+from loopkit.ranks import Ranks, everywhere
 from loopkit.state import TrainState
 
 Scores = Mapping[str, Any]
@@ -92,16 +92,15 @@ def take(
     ranks, encoder = state.ranks, Encoder()
     left_out = [] if frozen else frozen_names(state.model, state_dict["model"])
     state_dict = {**state_dict, "model": without(state_dict["model"], left_out)}
-    tree: dict[str, Any] = everywhere(ranks, SAVE, lambda: _tree(state, state_dict, encoder))
+    tree = _everywhere(ranks, lambda: _tree(state, state_dict, encoder))
     files = encoder.files if ranks.is_first else {}
     if ranks.spread:
         found = plan(ranks, encoder.parts)
         tree |= {"pieces": found.index}
         files |= {name_of(ranks.number): found.mine} if found.mine else {}
     tree |= {"frozen": left_out} if left_out else {}
-    tensors = everywhere(
-        ranks, SAVE, lambda: _copied(state, files, buffers, Sums.of(state), allow_nonfinite)
-    )
+    sums = None if allow_nonfinite else Sums.of(state)
+    tensors = _everywhere(ranks, lambda: _copied(state, files, buffers, sums))
     if ranks.is_first:
         return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
     return Snapshot(None, None, tensors) if tensors else None
@@ -116,25 +115,27 @@ def _tree(state: TrainState, state_dict: Mapping[str, Any], encoder: Encoder) ->
     return {"state": parts, "parameters": parameter_names(state)}
 
 
+def _everywhere(ranks: Ranks, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    done: dict[str, Any] = everywhere(ranks.everyone, SAVE, action)
+    return done
+
+
 def _copied(
     state: TrainState,
     files: Mapping[str, Mapping[str, Tensor]],
     buffers: dict[str, Tensor],
-    sums: "Sums",
-    allow_nonfinite: bool,
+    sums: "Sums | None",
 ) -> dict[str, TensorFile]:
-    prefixes = {"model": "model/", name_of(state.ranks.number): ""}
+    looks = {}  # at what passes by, in the file of weights and in that of this rank's parts
+    if sums is not None:
+        looks["model"] = functools.partial(sums.add, "model/")
+        looks[name_of(state.ranks.number)] = functools.partial(sums.add, "")
     tensors = {
-        name: copy_to_host(
-            found,
-            buffers.get(name),
-            seen=None
-            if allow_nonfinite or name not in prefixes
-            else functools.partial(sums.add, prefixes[name]),
-        )
+        name: copy_to_host(found, buffers.get(name), seen=looks.get(name))
         for name, found in files.items()
     }
-    sums.check(state)
+    if sums is not None:
+        sums.check(state)
     buffers.clear()
     buffers.update({name: file.body for name, file in tensors.items()})
     return tensors

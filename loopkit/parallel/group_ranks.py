@@ -190,7 +190,7 @@ class GroupRanks(Ranks):
 
 def _gathered(group: Any, value: Any) -> list[Any]:
     held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, value, group)
+    guarded(dist.all_gather_object, "writing a checkpoint", held, value, group)
     return held
 
 
