@@ -117,6 +117,10 @@ class Ranks:
         """A whole state dict as this rank's part of the state takes it."""
         return state_dict
 
+    def whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors that are spread over ranks put together, on the first one; all call it."""
+        return tensors
+
     def settle(self, state: Any) -> None:
         """What follows loading a state dict."""
 

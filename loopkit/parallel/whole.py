@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from loopkit.nested import map_tensors
+from loopkit.parallel.failure import guarded
 from loopkit.parallel.repoint import like, region
 from loopkit.parallel.zero import forget_others, joined, own_part
 from loopkit.parts import Part
@@ -34,6 +35,14 @@ def _part(tensor: Tensor) -> Any:
     if not isinstance(tensor, DTensor):
         return tensor
     return Part(tuple(tensor.shape), region(tensor)[0], tensor.to_local())
+
+
+def whole(tensor: Any, *, keep: bool) -> Any:
+    """A tensor with the parts of all ranks, in host memory; only its name where it is not kept."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = guarded(tensor.full_tensor, "putting a tensor together")
+    return full.cpu() if keep else full.new_empty(0)
 
 
 def fitted(state: TrainState, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -393,3 +393,21 @@ def test_no_stop_loses_or_mixes_what_ranks_saved_together(three_saves, tmp_path,
         counts[outcome] = counts.get(outcome, 0) + 1
     assert counts.keys() == {"fine"}
     assert counts["fine"] > 100
+
+
+def exported(folder, strategy):
+    step, state = stepped(strategy), fresh()
+    step(state, data()[0])
+    with lk.ema_weights(state):
+        path = lk.export(state, f"{folder}/model.safetensors")
+    return str(path), whole(state.features["ema"].weights)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_export_puts_the_weights_of_all_ranks_together(tmp_path, strategy):
+    """One file, of the averages as it is asked within them, that any model loads."""
+    for path, averages in POOL.run(2, exported, str(tmp_path), strategy):
+        model = fresh(seed=4).model
+        lk.load_weights(model, path)
+        assert all(torch.equal(model.state_dict()[name], averages[name]) for name in averages)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
