@@ -26,7 +26,7 @@ from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.closing import Closing
-from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
+from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
 from loopkit.every import Every, Interval, Moment
 from loopkit.ranks import ALONE, together
 from loopkit.state import TrainState
@@ -175,7 +175,7 @@ class Checkpointer(Closing):
         """
         try:
             self.wait()
-        except CheckpointError as error:
+        except (CheckpointError, RankError) as error:
             logger.warning("{}", error)
         done = self._saved_step == state.step and not self.failures
         if not state.ranks.agree(not done):  # the first rank alone knows of a save that failed

@@ -113,6 +113,8 @@ class Pieces:
             numbers = [n for _, _, start, sizes in pieces for n in (*start, *sizes)]
             if not all(type(n) is int and n >= 0 for n in (*whole.shape, *numbers)):
                 raise DamageError(RESTORE, f"the parts of {name!r:.60}", ANOTHER_COPY)
+            if len({rank for rank, *_ in pieces}) < len(pieces):  # and so they are not too many
+                raise DamageError(RESTORE, f"{name!r:.60} twice in one file", ANOTHER_COPY)
             available = sum(files[f"{name_of(p[0])}.safetensors"].size for p in pieces)
             if not _cover(whole, pieces) or whole.shape.numel() * whole.dtype.itemsize > available:
                 raise DamageError(RESTORE, f"{name!r:.60} without all its parts", ANOTHER_COPY)

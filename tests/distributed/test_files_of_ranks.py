@@ -411,3 +411,17 @@ def test_export_puts_the_weights_of_all_ranks_together(tmp_path, strategy):
         lk.load_weights(model, path)
         assert all(torch.equal(model.state_dict()[name], averages[name]) for name in averages)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def saved_at_once(folder):
+    step, state = stepped("fsdp"), fresh()
+    with lk.Checkpointer(folder, async_save=False) as checkpoints:
+        step(state, data()[0])
+        assert checkpoints.save(state)
+        there = [checkpoint.step for checkpoint in contents(Path(folder)).intact]
+    return there
+
+
+def test_a_save_that_is_not_asynchronous_is_on_disk_when_it_returns(tmp_path):
+    """For every rank, not only for the one that makes a checkpoint of the parts."""
+    assert POOL.run(2, saved_at_once, str(tmp_path)) == [[1], [1]]
