@@ -418,8 +418,7 @@ def saved_at_once(folder):
     with lk.Checkpointer(folder, async_save=False) as checkpoints:
         step(state, data()[0])
         assert checkpoints.save(state)
-        there = [checkpoint.step for checkpoint in contents(Path(folder)).intact]
-    return there
+        return [checkpoint.step for checkpoint in contents(Path(folder)).intact]
 
 
 def test_a_save_that_is_not_asynchronous_is_on_disk_when_it_returns(tmp_path):
