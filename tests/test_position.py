@@ -41,8 +41,11 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
+    def __init__(self, *, noisy=False):
+        self.noisy = noisy
+
     def __iter__(self):
-        dataset = Samples()
+        dataset = Samples(noisy=self.noisy)
         return (dataset[i] for i in range(COUNT))
 
 
@@ -86,6 +89,7 @@ LOADERS = {
     "batches by the dataset": lambda: DataLoader(Samples(), None, shuffle=True, collate_fn=single),
     "a user's sampler": lambda: DataLoader(Samples(), SIZE, sampler=Evens()),
     "a stream": lambda: DataLoader(Stream(), SIZE),
+    "random in a stream": lambda: DataLoader(Stream(noisy=True), SIZE),
     "a list": lambda: [*DataLoader(Samples(), SIZE)],
 }
 
@@ -156,7 +160,9 @@ def test_resumed_training_equals_uninterrupted_training_wherever_it_was_cut(kind
         assert_bitwise_equal(without_data(state), without_data(whole), f"cut at {cut}:")
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "shuffled, own generator", "weighted", "a stream"])
+@pytest.mark.parametrize(
+    "kind", ["shuffled", "shuffled, own generator", "weighted", "a stream", "random in a stream"]
+)
 def test_going_on_in_the_same_process_equals_uninterrupted_training(kind):
     """A break within an epoch, and another run on the same data, change nothing."""
     seeded()

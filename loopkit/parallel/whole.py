@@ -20,7 +20,8 @@ def whole(state: TrainState) -> dict[str, Any] | None:
     parts, first = state.state_dict(), state.ranks.is_first
     if state.ranks.shards_optimizer:
         parts["optimizer"] = gathered(state, parts["optimizer"])
-    rng, data = state.ranks.gather(parts["rng"]), state.ranks.gather(parts["data"])
+    of_this_rank = parts["rng"], parts["data"], parts["clock"]["samples"]
+    rng, data, samples = zip(*state.ranks.gather(of_this_rank), strict=True)
 
     def put_together(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
@@ -31,9 +32,10 @@ def whole(state: TrainState) -> dict[str, Any] | None:
     found = {name: map_tensors(put_together, part) for name, part in parts.items()}
     if not first:
         return None
-    found["rng"] = {**parts["rng"], "ranks": rng}
+    found["rng"] = {**parts["rng"], "ranks": [*rng]}
+    found["clock"] = {**parts["clock"], "ranks": [*samples]}
     if parts["data"]["counts"] == "share":  # each rank has data, and a place in it, of its own
-        found["data"] = {**parts["data"], "ranks": data}
+        found["data"] = {**parts["data"], "ranks": [*data]}
     return found
 
 
