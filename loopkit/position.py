@@ -1,5 +1,6 @@
 """Where a run is in its data, so that it goes on with the very batches that were left."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from loopkit.data.epoch import datasets_within, tell_epoch
 from loopkit.data.order import SINGLE, Order, Part, Share, sample_order
-from loopkit.errors import DataError
+from loopkit.errors import CheckpointWarning, DataError
 from loopkit.plain import is_stateful
 from loopkit.rng import rng_state
 
@@ -163,6 +164,8 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     Raises:
         DataError: If the place cannot be found in this data.
     """
+    if isinstance(data, Iterator) and position.interrupted(epoch, batch):
+        _warn_of_iterator(epoch, batch)
     order = order_of(data)
     if position.start is None:  # of a list: nothing is known but the batches
         position.counts, position.size = order.counts, order.size
@@ -179,6 +182,16 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     position.items, position.size, position.world = taken, order.size, order.share.world
     position.within = epoch
     return position.at
+
+
+def _warn_of_iterator(epoch: int, batch: int) -> None:
+    warnings.warn(
+        f"run(step, state, data) goes on after batch {batch} of epoch {epoch}, with an iterator"
+        " wherever that is; data that can be iterated anew is passed over up to there"
+        " (state.batch = 0 says that the iterator is where it should be)",
+        CheckpointWarning,
+        stacklevel=2,
+    )
 
 
 def same_place(order: Order, position: Position) -> bool:
