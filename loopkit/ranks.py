@@ -75,6 +75,18 @@ class Ranks:
         """The values of the ranks that share the data, in their order, on each of them."""
         return [value]
 
+    def part_of(self, counts: list[int]) -> int:
+        """This rank's count, of those of all; the sum stays where they were of other ranks.
+
+        Example:
+            >>> Ranks(rank=1, size=2).part_of([7, 4]), Ranks(rank=1, size=2).part_of([5, 4, 4])
+            (4, 6)
+        """
+        if len(counts) == self.size:
+            return counts[self.rank]
+        each, left = divmod(sum(counts), self.size)
+        return each + (self.rank < left)
+
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         """The parts of tensors that this process holds; what acts on elements needs no more."""
         return tensors

@@ -96,6 +96,7 @@ class TrainState:
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     restored_rng: Any = None  # each rank's random states, of the last restore
+    restored_samples: Any = None  # how many samples each rank had taken
     restored_data: Any = None  # and each rank's place in its data
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
@@ -198,7 +199,7 @@ class TrainState:
         for group in self.optimizer.param_groups:  # type: ignore[union-attr]
             for parameter in group["params"]:
                 parameter.grad = None
-        self.outcome = Outcome(length=length)
+        self.outcome, self.restored_rng = Outcome(length=length), None
         self.output = self.grad_norm = self.verdict = self._metrics = None
         self.votes = []
         return self.outcome
@@ -247,7 +248,7 @@ class TrainState:
             "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
             "data": self.position.now(self.data),
-            "rng": rng_state(self.device),
+            "rng": rng_state(self.device) | self.position.random(),
         }
 
     def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -282,6 +283,7 @@ class TrainState:
             self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
+        self.restored_samples = state_dict["clock"].get("ranks") or [self.samples]
         self.data, self.restored_data = None, copy.deepcopy(dict(state_dict["data"]))
         waiting = dict(state_dict["features"])
         restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
@@ -292,16 +294,20 @@ class TrainState:
         self.take_own()
 
     def take_own(self) -> None:
-        """Go on with the random numbers and the place in the data of this rank, as restored.
+        """Go on with the random numbers, the samples and the place in the data of this rank.
 
         A rank that was not there when they were saved gets numbers of its own.
         """
         rank, saved = self.ranks.rank, self.restored_rng
         data = {k: v for k, v in self.restored_data.items() if k != "ranks"}
         own = self.restored_data.get("ranks", ())
+        self.samples = self.ranks.part_of(self.restored_samples)
         self.position = Position(**copy.deepcopy(own[rank] if rank < len(own) else data))
-        set_rng_state(saved[min(rank, len(saved) - 1)], self.device)
+        states = saved[min(rank, len(saved) - 1)]
+        self.position.ahead = copy.deepcopy(states.get("ahead"))
+        set_rng_state(states, self.device)
         if rank >= len(saved):
+            self.position.ahead = None
             seed_apart(rank)
 
     def snapshot(self) -> "TrainState":

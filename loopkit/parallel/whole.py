@@ -17,18 +17,20 @@ from loopkit.state import TrainState
 def in_parts(state: TrainState) -> dict[str, Any]:
     """`state.state_dict()` with a `Part` for each tensor of which no rank need have all.
 
-    With the random states of all ranks, and their places in the data. All ranks have to call
-    it; no tensor travels.
+    With the random states of all ranks, their samples and their places in the data. All ranks
+    have to call it; no tensor travels.
     """
     found, ranks = state.state_dict(), state.ranks
-    rng, data = ranks.gather(found["rng"]), ranks.gather(found["data"])
+    of_this_rank = found["rng"], found["data"], found["clock"]["samples"]
+    rng, data, samples = zip(*ranks.gather(of_this_rank), strict=True)
     if ranks.shards_tensors:
         found = {name: map_tensors(_part, part) for name, part in found.items()}
     if ranks.shards_optimizer:
         found["optimizer"] = joined(found["optimizer"], ranks)
     if found["data"]["counts"] == "share":  # each rank has data, and a place in it, of its own
-        found["data"] = {**found["data"], "ranks": data}
-    return {**found, "rng": {**found["rng"], "ranks": rng}}
+        found["data"] = {**found["data"], "ranks": [*data]}
+    found["clock"] = {**found["clock"], "ranks": [*samples]}
+    return {**found, "rng": {**found["rng"], "ranks": [*rng]}}
 
 
 def _part(tensor: Tensor) -> Any:

@@ -7,6 +7,8 @@ each write, the process is killed or the power cut, and what is found then is re
 import io
 import itertools
 import shutil
+import tempfile
+from pathlib import Path
 
 import loopkit as lk
 import pytest
@@ -174,3 +176,15 @@ def test_nothing_is_renamed_or_acknowledged_before_it_is_synced(tmp_path):
             dirty.add(paths[1].parent)
         elif operation == "acknowledged":
             assert not {path for path in dirty if path.exists() and path.name != ".lock"}
+
+
+def test_nothing_is_written_outside_of_the_folder(tmp_path, monkeypatch):
+    """Where the system keeps temporary files does not matter: a rename is within one device."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "on another device"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    operations = save_ours(tmp_path / "run", make_state(), [])
+    paths = [path for _, *given in operations for path in given if isinstance(path, Path)]
+    made = [path for operation, path, *_ in operations if operation == "make_folder"]
+    assert made[0] == tmp_path / "run"
+    assert all(path.is_relative_to(tmp_path / "run") for path in paths if path != tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
