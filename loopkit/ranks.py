@@ -140,11 +140,8 @@ class Ranks:
         """What follows each update."""
 
     def evaluating(self, model: torch.nn.Module) -> AbstractContextManager[Any]:  # noqa: ARG002
-        """A context in which what only one rank's copy has right is the same on all: buffers."""
+        """A context, to enter any number of times, in which all have rank 0's buffers of now."""
         return _NOTHING
-
-    def begin_evaluation(self, model: torch.nn.Module) -> None:
-        """Make what only one rank's copy has right the same on all: buffers."""
 
 
 ALONE = Ranks()

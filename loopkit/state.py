@@ -60,7 +60,8 @@ class TrainState:
         verdict: Inside an update: the largest vote, or None where nobody voted.
 
     Raises:
-        UsageError: If the model is no module, or the optimizer holds none of its parameters.
+        UsageError: If the model is no module, or wrapped for several ranks (DDP), or the
+            optimizer holds none of its parameters.
 
     Example:
         >>> model = nn.Linear(2, 1)

@@ -9,7 +9,7 @@ import attrs
 
 from loopkit import places
 from loopkit.errors import CompositionError, OutputError
-from loopkit.feature import Feature
+from loopkit.feature import Feature, check_excluded
 from loopkit.setup import set_up
 from loopkit.state import TrainState
 from loopkit.types import (
@@ -208,19 +208,7 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
                     f"that both {claim[0]} {claim[1]!r}",
                     "one of the two" + ", or another name=..." * claim[0].startswith("keep"),
                 )
-    for feature in features:
-        _check_excluded(feature, [other for other in features if other.name != feature.name])
-
-
-def _check_excluded(feature: Feature, others: list[Feature]) -> None:
-    for place in feature.excludes:
-        for other in others:
-            if place in other.owns or place in other.wraps:
-                raise CompositionError(
-                    f"{feature.name} composed with {other.name}",
-                    f"that the first leaves nothing to do for what the second has in {place!r}",
-                    "one of the two",
-                )
+    check_excluded(features, alone=True)
 
 
 def _by_name(module: str, qualname: str) -> Any:

@@ -19,7 +19,8 @@ from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
-from loopkit.errors import CheckpointError, CheckpointWarning, RankError
+from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
+from loopkit.parallel.environment import environment
 from loopkit.plain import unsaveable
 from loopkit.ranks import Exchange, everywhere
 from loopkit.state import TrainState
@@ -122,7 +123,16 @@ class Saver:
         if self._lock is not None and self._lock.is_held():
             return True
         self._store().make_root()
-        self._lock = self._store().lock()
+        try:
+            self._lock = self._store().lock()
+            self._check_later(state, known=known)
+        except CheckpointError as error:
+            if state.ranks.alone and not isinstance(error, OSError):
+                _explain_apart(error)
+            raise
+        return True
+
+    def _check_later(self, state: TrainState, *, known: bool) -> None:
         later = [c for c in contents(self.root).intact if c.step > state.step]
         if later and not known:
             raise CheckpointError(
@@ -130,7 +140,6 @@ class Saver:
                 f"{later[-1]} of another run in {self.root}",
                 "checkpoints.restore(state) before, to go on with that run; or another folder",
             )
-        return True
 
     def _store(self) -> Store | ObjectStore:
         if isinstance(self.root, Remote):
@@ -198,6 +207,27 @@ class Saver:
         )
         failure.__cause__ = error
         return failure
+
+
+def _explain_apart(error: CheckpointError) -> None:
+    """Say to one of several processes that do not train together that this is why.
+
+    Those that are meant to train apart have a folder each, and never come here.
+    """
+    try:
+        found = environment()
+    except UsageError:  # said in part: then nobody can tell
+        return
+    if found is not None and found.world_size > 1:
+        raise CheckpointError(
+            error.wrote,
+            f"{error.found}; this is rank {found.rank} of {found.world_size} that a launcher has"
+            " started, which trains by itself: the step has no lk.distributed(), or has not set"
+            " the state up yet",
+            "@lk.distributed() on the step, with step.set_up(state) before a save that comes"
+            " before the first update; or, for trainings apart, a folder for each:"
+            " lk.Checkpointer(f'runs/{rank}')",
+        ) from error
 
 
 def _tell_unsaved(lost: dict[str, str]) -> None:

@@ -175,21 +175,36 @@ class GroupRanks(Ranks):
         finally:
             dist.destroy_process_group(group)
 
-    @contextmanager
-    def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Within it buffers are as rank 0 has them; then each rank's own come back."""
-        own = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self.begin_evaluation(model)
-        try:
-            yield
-        finally:
-            for buffer, value in own:
-                buffer.copy_(value)
-
-    def begin_evaluation(self, model: nn.Module) -> None:
-        """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
+    def evaluating(self, model: nn.Module) -> "BuffersOfFirst":
+        """Rank 0's buffers as they are now; in each `with` they stand in for each rank's own."""
+        pairs = []
         for buffer in model.buffers():
-            guarded(dist.broadcast, "taking rank 0's buffers", buffer, 0)
+            value = buffer.clone()
+            guarded(dist.broadcast, "taking rank 0's buffers", value, 0)
+            if not torch.equal(buffer, value):  # masks and tables are equal
+                pairs.append((buffer, value))
+        return BuffersOfFirst(pairs)
+
+
+@attrs.define(eq=False)
+class BuffersOfFirst:
+    """A context with rank 0's values of what each rank has kept for itself: running statistics.
+
+    Attributes:
+        pairs: Buffers that differ on this rank, with rank 0's values.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    _own: list[Tensor] = attrs.field(factory=list)
+
+    def __enter__(self) -> None:
+        self._own = [buffer.clone() for buffer, _ in self.pairs]
+        for buffer, value in self.pairs:
+            buffer.copy_(value)
+
+    def __exit__(self, *error: object) -> None:
+        for (buffer, _), value in zip(self.pairs, self._own, strict=True):
+            buffer.copy_(value)
 
 
 def _gathered(group: Any, value: Any) -> list[Any]:
