@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -137,19 +137,32 @@ def _frame(state: TrainState, rates: Rates, names: tuple[str, ...]) -> Frame:
     values: dict[str, Any] = {"loss": state.loss}
     if state.lr is not None:
         values["lr"] = state.lr
-    values |= {name: _metric(state.metrics, name) for name in names}
+    values |= {name: _metric(state, name) for name in names}
     speed = rates.of(state, time.monotonic())
     return Frame(state.epoch, state.step, speed, fetch("progress(run)", values))
 
 
-def _metric(metrics: Mapping[str, Any], name: str) -> Any:
+def _metric(state: TrainState, name: str) -> Any:
+    metrics = state.metrics
     if name in metrics:
         return metrics[name]
+    call, found = f"progress(run, show=[{name!r}])", f"state.metrics without it: {sorted(metrics)}"
+    if state.output is not None and name in state.output:
+        raise UsageError(
+            call,
+            f"{found}; in the step function's mapping it is {_described(state.output[name])}",
+            f"{name!r} as a number there, or a 0-d tensor, such as {name}.mean()",
+        )
     raise UsageError(
-        f"progress(run, show=[{name!r}])",
-        f"state.metrics without it: {sorted(metrics)}",
-        f"{near(name, metrics)}, or {name!r} as a 0-d tensor in the step function's mapping",
+        call,
+        found,
+        f"{near(name, metrics)}, or {name!r} as a number in the step function's mapping",
     )
+
+
+def _described(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 class Counted:

@@ -158,20 +158,24 @@ def test_a_bar_is_its_data_for_everyone_else():
 
 
 def test_more_metrics_are_shown_by_name():
-    """A 0-d tensor of the step's mapping; for a name that is not there, those that are."""
+    """A number of the step's mapping; for a name that is not there, those that are."""
 
     def step(state, batch):
-        return {"loss": classifier(state, batch), "accuracy": torch.tensor(0.25)}
+        numbers = {"accuracy": torch.tensor(0.25), "temperature": 0.75, "each": torch.ones(3)}
+        return {"loss": classifier(state, batch), **numbers}
 
     def run():
         return lk.run(step, make_state(), make_batches(), max_epochs=1)
 
     file = io.StringIO()
-    list(lk.progress(run(), show=["accuracy"], file=file))
-    assert "accuracy 0.25" in file.getvalue()
+    list(lk.progress(run(), show=["accuracy", "temperature"], file=file))
+    assert "accuracy 0.25 temperature 0.75" in file.getvalue()
     with pytest.raises(lk.UsageError, match="'accuracy'") as caught:
         list(lk.progress(run(), show=["acuracy"], file=file))
     assert "'accuracy', 'loss', 'lr'" in caught.value.found
+    with pytest.raises(lk.UsageError, match=r"a Tensor of shape \(3,\)") as caught:
+        list(lk.progress(run(), show=["each"], file=file))
+    assert "each.mean()" in caught.value.instead
 
 
 def test_the_time_that_is_left_leaves_the_first_update_out(monkeypatch):
