@@ -18,6 +18,7 @@ from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
 from loopkit.ranks import ALONE, Ranks
 from loopkit.rng import rng_state, seed_apart, set_rng_state
+from loopkit.skips import Skips
 from loopkit.window import Ahead, MicroBatches
 
 SKIP, RAISE = 1.0, 2.0  # votes, of which the largest counts
@@ -94,6 +95,7 @@ class TrainState:
     pending: dict[str, Any] = attrs.field(factory=dict)  # restored before its feature was set up
     set_up: list[object] = attrs.field(factory=list)  # features whose set-up was run on this state
     attached: dict[int, object] = attrs.field(factory=dict)  # steps that were checked against it
+    skips: Skips = attrs.field(factory=Skips)  # in a row
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
     restored_rng: Any = None  # each rank's random states, of the last restore
@@ -134,7 +136,9 @@ class TrainState:
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors of the last update: `loss`, `grad_norm`, `lr`, and the step function's own.
 
-        They stay on the device: `float(state.metrics["loss"])` is your choice to wait.
+        Those are the numbers and 0-d tensors of its mapping, as means over a window; a vector is
+        none, and stays in `state.output`. They stay on the device: `float(state.metrics["loss"])`
+        is your choice to wait.
         """
         if self._metrics is None:
             self._metrics = self.outcome.means()
@@ -330,7 +334,7 @@ class TrainState:
         memo: dict[int, Any] = {}
         branch = copy.copy(self)
         branch.window, branch.output, branch.graph = ((), 0), None, None
-        branch.attached, branch.votes = {}, []
+        branch.attached, branch.votes, branch.skips = {}, [], Skips()
         branch.ranks = ALONE  # what spreads it holds this model: the branch is spread anew
         branch.set_up = [f for f in self.set_up if "parallelize" not in getattr(f, "owns", ())]
         for name in ("model", "optimizer", "features", "extras", "outcome", "pending"):

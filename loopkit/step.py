@@ -105,7 +105,11 @@ class Step:
             set_up(self.features, self, state)
             state.unproven = True
         window = state.window = self.split(state, batch)
-        state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        try:
+            state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        except RuntimeError as error:
+            _explain(error, self)
+            raise
         if state.unproven and not state.outcome.is_empty():
             self._prove(state)
         state.step += 1
@@ -162,6 +166,22 @@ class Step:
             # would look the function up: so name the step, and take its function.
             return _rebuild, (self.function.__module__, self.function.__qualname__, self.features)
         return Step, (self.function, self.features)
+
+
+def _explain(error: RuntimeError, step: Step) -> None:
+    """Say what torch cannot know: that a step runs the backward pass itself.
+
+    Raises:
+        OutputError: If the error is that of a second backward pass.
+    """
+    if "backward through the graph a second time" in str(error):
+        raise OutputError(
+            f"the loss of {name_of_function(step)}",
+            "a graph that is used up: the function has called loss.backward() itself, or has kept"
+            " a tensor of an earlier batch with its graph",
+            "no loss.backward() and no optimizer.step() in it, only `return loss`: the step does"
+            " both; and hidden.detach() for what goes on from batch to batch",
+        ) from error
 
 
 def name_of_function(step: Step) -> str:

@@ -72,7 +72,7 @@ state feed
 limits device output opening functional graphs background
 check checked outcome window interrupt seed position
 parts
-nested plain extras rng counting norms data.order data.samples data.watch ranks silence
+nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips
 errors exact closing data.epoch data
 """.split("\n")[1:-1]
 

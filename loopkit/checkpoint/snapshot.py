@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from loopkit.check import NO_SCORE
 from loopkit.checkpoint.difference import (
     classes_of,
     frozen_names,
@@ -217,11 +218,18 @@ def checked_scores(scores: Scores, monitor: str | None) -> dict[str, float]:
         >>> checked_scores({"accuracy": torch.tensor(0.5)}, "accuracy")
         {'accuracy': 0.5}
     """
+    if not isinstance(scores, Mapping):
+        raise UsageError(
+            f"checkpoints.save(state, {scores!r:.40})",
+            f"a {type(scores).__name__} as the scores",
+            f'a name for it: checkpoints.save(state, {{"{monitor or "loss"}": score}})',
+        )
     if monitor is not None and monitor not in scores:
         raise UsageError(
             f"checkpoints.save(state, scores) with monitor={monitor!r}",
             f"the scores {[*scores]}",
-            "one of those names as the monitor; or no scores, for a checkpoint between evaluations",
+            "one of those names as the monitor; or no scores, for a checkpoint between evaluations"
+            + NO_SCORE,
         )
     return {name: _score(name, score) for name, score in scores.items()}
 
