@@ -491,13 +491,27 @@ def one(peer: str, task: str, mode: str, scale: float) -> dict[str, Any]:
     above = [name for name in FRAMES if f"{os.sep}{package}{os.sep}" in name]
     equal = all(map(torch.equal, data.model.parameters(), model.parameters()))
     return {
-        "pairs": data.pairs,
+        "pairs": [[round(1e6 * hand), round(1e6 * theirs)] for hand, theirs in data.pairs],
         "equal": equal,
         "frames": 0 if package == "torch" else len(above),
         "import_s": imported if package != "torch" else 0.0,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "load": os.getloadavg()[0],
     }
+
+
+def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the results: for each peer, task and mode all processes together."""
+    cells = {
+        (peer, task, mode): [f for f in found if cell_of(f) == (peer, task, mode)]
+        for task, mode, peer in itertools.product(TASKS, MODES, PEERS)
+    }
+    return [summed_up(*cell, processes) for cell, processes in cells.items() if processes]
+
+
+def cell_of(found: dict[str, Any]) -> tuple[str, str, str]:
+    """What one process has measured."""
+    return found["peer"], found["task"], found["mode"]
 
 
 def summed_up(peer: str, task: str, mode: str, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -507,7 +521,7 @@ def summed_up(peer: str, task: str, mode: str, found: list[dict[str, Any]]) -> d
     pairs = [pair for one_process in found for pair in one_process["pairs"]]
     low, ratio, high = statistics.quantiles((p / h for h, p in pairs), n=4)
     medians = [statistics.median(p / h for h, p in f["pairs"]) for f in found]
-    extra_s = statistics.median(p - h for h, p in pairs)
+    extra_us = statistics.median(p - h for h, p in pairs)
     return {
         "peer": peer,
         "task": task,
@@ -516,9 +530,9 @@ def summed_up(peer: str, task: str, mode: str, found: list[dict[str, Any]]) -> d
         "low": low,
         "high": high,
         "medians": sorted(medians),
-        "hand_us": statistics.median(h for h, _ in pairs) / updates * 1e6,
-        "extra_us": extra_s / updates * 1e6,
-        "extra_us_micro": extra_s / size * 1e6,
+        "hand_us": statistics.median(h for h, _ in pairs) / updates,
+        "extra_us": extra_us / updates,
+        "extra_us_micro": extra_us / size,
         "equal": all(f["equal"] for f in found),
         "frames": found[0]["frames"],
         "import_s": statistics.median(f["import_s"] for f in found),
@@ -663,7 +677,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=TASKS)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--add", action="store_true", help="to the results that there are")
+    parser.add_argument("--add", action="store_true", help="processes to those there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.one:
@@ -671,20 +685,19 @@ def main() -> None:
         return
     args.out.mkdir(exist_ok=True)
     kept = args.out / "peers.json"
-    rows = json.loads(kept.read_text()) if args.add and kept.exists() else []
-    cells: dict[Any, list[dict[str, Any]]] = {}
+    found = json.loads(kept.read_text()) if args.add and kept.exists() else []
     for _, task, mode, peer in itertools.product(
-        range(args.processes), args.tasks, ("plain", "full"), args.only
+        range(args.processes), args.tasks, MODES, args.only
     ):
-        if not (found := measured(peer, task, mode, args.scale)):
+        if not (process := measured(peer, task, mode, args.scale)):
             continue
-        cells.setdefault((peer, task, mode), []).append(found)
-        row = summed_up(peer, task, mode, cells[peer, task, mode])
-        same = [(r["peer"], r["task"], r["mode"]) == (peer, task, mode) for r in rows]
-        rows = [r for r, again in zip(rows, same, strict=True) if not again] + [row]
-        kept.write_text(json.dumps(rows, indent=1) + "\n")  # at once: a run takes long
+        found.append({"peer": peer, "task": task, "mode": mode, **process})
+        lines = ",\n".join(map(json.dumps, found))
+        kept.write_text(f"[\n{lines}\n]\n")  # at once: a run takes long
+        (row,) = rows_of([f for f in found if cell_of(f) == (peer, task, mode)])
         shown = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
         print(f"{peer:<20} {task:<5} {mode:<6} {shown}  equal: {row['equal']}", flush=True)
+    rows = rows_of(found)
     (args.out / "peers.md").write_text(table(rows))
     figure(rows, args.out / "peers.png")
 
