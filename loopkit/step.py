@@ -72,6 +72,7 @@ class Step:
     function: StepFunction
     features: tuple[Feature, ...] = ()
     window: WindowSize = _chain("window", places.no_window)
+    before: Transform = _chain("before", places.nothing)
     split: Split = _chain("split", places.whole_batch)
     around: Around = _chain("around", places.no_context)
     forward: Forward = _chain("forward")
@@ -104,6 +105,7 @@ class Step:
         if not known:
             set_up(self.features, self, state)
             state.unproven = True
+        self.before(state)  # values of a schedule, freezing
         window = state.window = self.split(state, batch)
         try:
             state.applied = self.update(state, window)  # gradients, unscale, transform, apply
@@ -115,7 +117,7 @@ class Step:
         state.step += 1
         state.samples += state.outcome.samples
         state.lr = state.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
-        self.after(state)  # schedule, averages, scaler
+        self.after(state)  # averages, scaler, counts
         return state
 
     def set_up(self, state: TrainState) -> TrainState:
