@@ -70,6 +70,7 @@ types modes metrics averages
 updates every stop
 state feed
 limits device output opening functional graphs background
+restored
 check checked outcome window interrupt seed position
 parts
 nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips

@@ -71,9 +71,9 @@ def progress(
 ) -> Adapted:
     """Show how far a run is: epoch, step, loss, learning rate, speed, and the time that is left.
 
-    A bar on a terminal (with rich installed; a narrow one shows less), else a line every ten seconds. Numbers are
-    copied from the device in the background, and shown when they have arrived. One rank
-    shows it.
+    A bar on a terminal (with rich installed; a narrow one shows less), else a line every ten
+    seconds. Numbers are copied from the device in the background, and shown when they have
+    arrived. One rank shows it.
 
     Args:
         updates: A run, or any iterator of states.
@@ -138,7 +138,7 @@ def _shown(
 def _frame(state: TrainState, rates: Rates, names: tuple[str, ...]) -> Frame:
     values = {"loss": state.loss, **{name: _metric(state, name) for name in names}}
     if state.lr is not None:
-        values.setdefault("lr", state.lr)  # type: ignore[arg-type]
+        values.setdefault("lr", state.lr)
     speed = rates.of(state, time.monotonic())
     return Frame(state.epoch, state.step, speed, fetch("progress(run)", values))
 
