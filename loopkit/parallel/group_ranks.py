@@ -36,6 +36,7 @@ class GroupRanks(Ranks):
         stream: How data is shared out that has no numbered samples.
         timeout_s: After the first update, how long a rank waits for another.
         patience_s: How long a thread waits for those of other ranks.
+        groups: Others that the strategy's own traffic goes through.
     """
 
     group: Any = None
@@ -43,6 +44,8 @@ class GroupRanks(Ranks):
     stream: str | None = None
     timeout_s: float | None = None
     patience_s: float = TIMEOUT_S
+    groups: tuple[Any, ...] = ()
+    _lowered: bool = False
     _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
     _aside: Any = None
 
@@ -122,9 +125,9 @@ class GroupRanks(Ranks):
 
     def updated(self) -> None:
         """After the first update there is less to wait for."""
-        if self.timeout_s is not None:
-            wait_at_most(self.timeout_s, {None, self.group})
-            self.timeout_s = None
+        if self.timeout_s is not None and not self._lowered:
+            wait_at_most(self.timeout_s, {None, self.group, *self.groups})
+            self._lowered = True
 
     @property
     def number(self) -> int:
@@ -163,17 +166,27 @@ class GroupRanks(Ranks):
     @contextmanager
     def among(self, flag: bool) -> Iterator[Any]:
         """A process group of the ranks that say True, for those; None for all."""
-        said = self.gather(flag)
-        if all(said) or not flag:
+        mine = tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD))
+        said: list[Any] = [None] * dist.get_world_size()
+        guarded(dist.all_gather_object, "asking all ranks", said, (mine, flag))
+        if all(true for _, true in said):
             yield self.group
             return
-        world = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        members = [rank for rank, true in zip(world, said, strict=True) if true]
-        group = dist.new_group(members, use_local_synchronization=True)
+        # Torch counts groups to name them. So every process makes every one: a name that came
+        # again, or was another on each rank, would lead to addresses that nobody listens at.
+        made = {}
+        for ranks, _ in said:
+            if (members := [rank for rank in ranks if said[rank][1]]) and ranks not in made:
+                made[ranks] = dist.new_group(members)
+        if not flag:
+            yield self.group
+            return
+        if self.timeout_s is not None:
+            wait_at_most(self.timeout_s, {made[mine]})
         try:
-            yield group
+            yield made[mine]
         finally:
-            dist.destroy_process_group(group)
+            dist.destroy_process_group(made[mine])
 
     def evaluating(self, model: nn.Module) -> "BuffersOfFirst":
         """Rank 0's buffers as they are now; in each `with` they stand in for each rank's own."""

@@ -11,21 +11,31 @@ from loopkit.testing import assert_bitwise_equal, train_by_hand
 from pool import POOL
 from test_parity import Switched, batches, classifier, close, fresh, switched, whole
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from problems import halving
 
 
 class Counted:
-    """A hook of a user's own that counts the buckets that travel."""
+    """The buckets that travel, by a hook of the user's own."""
 
     def __init__(self):
         self.times = 0
 
-    def __call__(self, group, bucket):
+    def hook(self, group, bucket):
         self.times += 1
         work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
+
+
+class Scattered(TorchDispatchMode):
+    """How often gradients are summed up into shards."""
+
+    times = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.times += "reduce_scatter" in str(function)
+        return function(*args, **(kwargs or {}))
 
 
 def traffic():
@@ -34,13 +44,12 @@ def traffic():
     for kind, size in itertools.product(("ddp", "fsdp", "fsdp, syncing each time"), (1, 4)):
         counted = Counted()
         sharded = lk.FSDP(sync_every="each" in kind)
-        strategy = sharded if "fsdp" in kind else lk.DDP(comm_hook=counted)
+        strategy = sharded if "fsdp" in kind else lk.DDP(comm_hook=counted.hook)
         layers = [lk.with_grad_accum(size)] * (size > 1)
         step, state = lk.compose(*layers, lk.distributed(strategy))(classifier), fresh()
-        with CommDebugMode() as seen:
+        with Scattered() as scattered:
             lk.run(step, state, batches(3 * 2 * size), max_epochs=1).finish()
-        scattered = [n for op, n in seen.get_comm_counts().items() if "reduce_scatter" in str(op)]
-        found[kind, size] = (state.step, sum(scattered) if "fsdp" in kind else counted.times)
+        found[kind, size] = state.step, (scattered if "fsdp" in kind else counted).times
     return found
 
 
@@ -201,3 +210,22 @@ def test_ranks_ask_each_other():
         assert largest == {"a": 3.0, "b": 0.0}
         assert smallest == {"a": 1.0, "b": -4.0}
         assert weighted == pytest.approx({"a": 24 / 9, "b": -30 / 9})
+
+
+def waits(strategy):
+    step, state = lk.distributed(strategy, timeout_s=77)(classifier), fresh()
+    lk.run(step, state, batches(4), max_steps=1).finish()
+    groups = [g for g in dist.distributed_c10d._world.pg_map if dist.get_world_size(g) > 1]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "groups"),
+    [(lk.FSDP(replicas=2), 3), (lk.TensorParallel({}, size=2), 3), (lk.TensorParallel({}), 1)],
+)
+def test_no_group_waits_longer_than_was_asked_for(strategy, groups):
+    """After the first update it is the time limit of each group, those of a mesh included."""
+    for seconds in POOL.run(4, waits, strategy):
+        assert len(seconds) >= groups
+        assert {*seconds} == {77.0}
