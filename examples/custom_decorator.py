@@ -3,9 +3,9 @@
     python examples/custom_decorator.py
 
 Handwritten digits, and a camera with a fault: every 20th batch is 50 times too bright. Without
-protection a network ends with 8.5% of the test digits right. Leaving out updates whose gradient
+protection a network ends with 10% of the test digits right. Leaving out updates whose gradient
 stands far out of what is usual it gets 97%, and leaves out just those 33 of 660. (with_clip(1.0)
-gets 98%, for who knows that norm beforehand.) Five seconds of CPU.
+gets 97%, too, for who knows that norm beforehand.) Five seconds of CPU.
 Source of the first: Yong et al. 2020, https://arxiv.org/abs/2004.01461
 """
 

@@ -104,9 +104,8 @@ def main(path=Path("runs/gan/samples.png")):
     train, test = digits()
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True)
     falling = lk.cosine(peak=PEAK_LR, floor=PEAK_LR / 20).over(EPOCHS * len(loader))
-    improve_critic, improve_generator = map(
-        lk.with_schedule(lr=falling), (critic_step, generator_step)
-    )
+    scheduled = lk.with_schedule(lr=falling)
+    improve_critic, improve_generator = scheduled(critic_step), scheduled(generator_step)
     c, g = players()
     for epoch in range(EPOCHS):
         for real, labels in loader:
