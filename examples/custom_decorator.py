@@ -45,8 +45,7 @@ with_centralised_grads = lk.wrap(transform=Centralise)
 class SkipSpikes:
     """Vote against an update whose gradient norm lies `z` deviations above its running mean.
 
-    Mean and variance are of the logarithm, and no spike gets into them. They stay on the device,
-    and so does the comparison: nothing waits for it.
+    All of it stays on the device, in logarithms, and no spike gets into the mean.
     """
 
     inner: lk.Transform

@@ -88,8 +88,7 @@ def collect(agent, environments, gamma):
     advantages, ahead = torch.empty_like(surprise), 0.0
     for t in reversed(range(HORIZON)):
         advantages[t] = ahead = surprise[t] + gamma * LAMBDA * ahead * ~over[t]
-    parts = seen, actions, log_probs, advantages, advantages + values
-    return [part.flatten(0, 1) for part in parts]
+    return [p.flatten(0, 1) for p in (seen, actions, log_probs, advantages, advantages + values)]
 
 
 @lk.with_clip(0.5)
