@@ -34,19 +34,22 @@ def towers():
     return model
 
 
-def work(expected, loss):
+def work(expected, loss, path):
     """What each of two ranks does: it has the gradient of the whole batch, and the same loss."""
     warnings.simplefilter("error")
+    contrastive.EPOCHS = 1
+    scores = contrastive.main(path)
     model = towers()
     state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.0))
     data = [halves(0, 6), halves(6, 12)]
     lk.run(contrastive.train_step, state, data, max_steps=1).finish()
     found = [*state.gradients(), state.metrics["InfoNCE"]]
     torch.testing.assert_close(found, [*expected, loss], rtol=1e-3, atol=1e-6)
+    return scores
 
 
-def test_two_ranks_give_the_gradient_of_the_one_big_batch():
-    """Negatives come from all ranks, and what ranks average is the exact gradient."""
+def test_two_ranks_give_the_gradient_of_the_one_big_batch(tmp_path):
+    """Negatives come from all ranks, what ranks average is exact, and one of them draws."""
     model = towers()
     upper, lower = model(*halves(0, 12))
     likeness, own = upper @ lower.T, torch.arange(12)
@@ -54,4 +57,7 @@ def test_two_ranks_give_the_gradient_of_the_one_big_batch():
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     expected = [p.grad for p in model.parameters()]
-    lk.launch(work, 2, expected, loss.detach(), timeout_s=120)
+    path = tmp_path / "pairs.png"
+    first, second = lk.launch(work, 2, expected, loss.detach(), path, timeout_s=240)
+    assert first == second
+    assert path.exists()
