@@ -6,10 +6,6 @@ import pytest
 
 from resumes import CUTS, DATA, Cell, differences, gone_on, uncut
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata 0.11, torch 2.13
-]
-
 
 @functools.cache
 def whole(of):
