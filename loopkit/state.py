@@ -199,10 +199,8 @@ class TrainState:
         for group in self.optimizer.param_groups:  # type: ignore[union-attr]
             for parameter in group["params"]:
                 parameter.grad = None
-        self.outcome, self.restored_rng = (
-            Outcome(length=length),
-            None,
-        )  # those are past from here on
+        self.outcome = Outcome(length=length)
+        self.restored_rng = None  # this goes on from there
         self.output = self.grad_norm = self.verdict = self._metrics = None
         self.votes = []
         return self.outcome
