@@ -70,13 +70,13 @@ def begun(data: Iterable[Any], position: Position) -> Iterator[Any]:
     return batches
 
 
-def read_again(batches: Ahead, position: Position) -> None:
+def read_again(batches: Ahead, position: Position, device: torch.device) -> None:
     """Read the batch that had been read ahead before, with the random numbers that it drew then."""
     if position.ahead is not None:
-        now = rng_state(CPU)
-        set_rng_state(position.ahead, CPU)
+        now = rng_state(device)
+        set_rng_state(position.ahead, device)
         batches.at_end  # noqa: B018  # asked, it reads
-        set_rng_state(now, CPU)
+        set_rng_state(now, device)
 
 
 def reopened(data: Iterable[Any], position: Position, taken: int) -> Iterator[Any]:

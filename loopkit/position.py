@@ -87,10 +87,10 @@ class Position:
             warm=lives(data) or (before is not None and before.live),
         )
 
-    def keep(self, data: object) -> None:
+    def keep(self, data: object, device: torch.device) -> None:
         """Note where the data is, and what it may draw from, before more is read of it."""
         self.loader = _told(own_state(data))
-        self.ahead = rng_state(CPU) if _is_read_here(data) else None
+        self.ahead = rng_state(device) if _is_read_here(data) else None
 
     def now(self, data: object) -> dict[str, Any]:
         """The position as plain data, for a checkpoint."""

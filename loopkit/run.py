@@ -153,7 +153,7 @@ class Loop:
         if known_length(self.data) is not None:
             return feed_sized(batches, int(left), sizes, device)
         self._ahead = self._ahead_of(batches)
-        read_again(self._ahead, self.state.position)
+        read_again(self._ahead, self.state.position, device)
         return feed_unsized(self._ahead, left, sizes, device)
 
     def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
@@ -171,7 +171,8 @@ class Loop:
             if not self.limits.capped:
                 check_exhausted(batches, state.batch)
         elif not state.epoch_end and state.batch != self._cut():
-            state.position.keep(self.data)  # as it is before more is read than was trained on
+            # Before more is read than was trained on
+            state.position.keep(self.data, state.device)
             state.epoch_end = self._ahead.at_end
 
     def _explain_nothing(self, batches: Iterator[Any]) -> None:

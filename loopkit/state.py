@@ -203,7 +203,8 @@ class TrainState:
         for group in self.optimizer.param_groups:  # type: ignore[union-attr]
             for parameter in group["params"]:
                 parameter.grad = None
-        self.outcome, self.restored = Outcome(length=length), None
+        self.outcome = Outcome(length=length)
+        self.restored = None  # this goes on from there
         self.output = self.grad_norm = self.verdict = self._metrics = None
         self.votes = []
         return self.outcome

@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 
 import attrs
 import loopkit as lk
@@ -30,7 +31,9 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same samples without numbers or a length; workers, and ranks if asked to, share them.
+    """Samples without numbers or a length; workers, and ranks if asked to, share them.
+
+    There are as many for each: what a rank computes on fillers has no weight, but new noise.
 
     Args:
         by_rank: Whether each rank has its own.
@@ -47,24 +50,30 @@ class Stream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         first = int(os.environ.get("RANK", "0")) % ranks + ranks * worker
-        for index in range(first, COUNT, ranks * workers):
+        for index in range(first, COUNT + SIZE, ranks * workers):
             own = random.Random(f"{self.epoch} {index}").random()
             yield torch.full((4,), index / COUNT) + 0.1 * own + 0.1 * torch.randn(4), index
+
+
+def loader(dataset, workers, kind=DataLoader, **settings):
+    # Ranks that were spawned would spawn their workers, which takes seconds
+    context = "fork" if workers else None
+    return kind(dataset, SIZE, num_workers=workers, multiprocessing_context=context, **settings)
 
 
 def stateful(dataset, workers, **settings):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(dataset, SIZE, num_workers=workers, **settings)
+    with warnings.catch_warnings():  # of torchdata 0.11 on torch 2.13
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return loader(dataset, workers, StatefulDataLoader, **settings)
 
 
 DATA = {
-    "shuffled": lambda workers: DataLoader(
-        lk.seeded(Samples(), seed=3), SIZE, shuffle=True, num_workers=workers
-    ),
-    "iterable": lambda workers: DataLoader(Stream(), SIZE, num_workers=workers),
+    "shuffled": lambda workers: loader(lk.seeded(Samples(), seed=3), workers, shuffle=True),
+    "iterable": lambda workers: loader(Stream(), workers),
     "stateful": lambda workers: stateful(lk.seeded(Samples(), seed=3), workers, shuffle=True),
-    "iterable of each rank": lambda workers: DataLoader(Stream(True), SIZE, num_workers=workers),
+    "iterable of each rank": lambda workers: loader(Stream(True), workers),
     "stateful of each rank": lambda workers: stateful(Stream(True), workers),
 }
 STREAMS = {

@@ -167,8 +167,7 @@ class GroupRanks(Ranks):
     def among(self, flag: bool) -> Iterator[Any]:
         """A process group of the ranks that say True, for those; None for all."""
         mine = tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD))
-        said: list[Any] = [None] * dist.get_world_size()
-        guarded(dist.all_gather_object, "asking all ranks", said, (mine, flag))
+        said = self.everyone((mine, flag))
         if all(true for _, true in said):
             yield self.group
             return
