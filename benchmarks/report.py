@@ -15,10 +15,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def about(*packages: str) -> str:
     """Day, commit, hardware and versions, in a line."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run(
-        [*here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD") + " and changes" * bool(
+        _git("status", "--porcelain", "--", "loopkit")
+    )
     versions = []
     for name in ("torch", *packages):
         with contextlib.suppress(PackageNotFoundError):
@@ -29,6 +28,13 @@ def about(*packages: str) -> str:
         f" ({names[0] if names else platform.machine()}), load {os.getloadavg()[0]:.1f},"
         f" Python {platform.python_version()}; {', '.join(versions)}."
     )
+
+
+def _git(*words: str) -> str:
+    root = Path(__file__).parents[1]
+    line = ["git", *words]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _cpuinfo() -> list[str]:
