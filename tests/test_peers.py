@@ -318,3 +318,22 @@ def test_hugging_faces_collator_pads_so(transformers, side, multiple):
     ours = lk.pad_collate(pads, mask="attention_mask", multiple_of=multiple or 1, side=side)(rows)
     assert ours.keys() == {*theirs}
     assert all(torch.equal(ours[name].long(), theirs[name]) for name in ours)
+
+
+def test_hugging_faces_names_of_optimizers_lead_to_ours(transformers):
+    """`optim`: each of theirs that is here under another name is named by the error."""
+    theirs = [name.value for name in transformers.training_args.OptimizerNames]
+    told = {}
+    for name in theirs:
+        try:
+            lk.create_optimizer([nn.Parameter(torch.ones(2, 2))], name, lr=0.1)
+        except lk.MissingExtraError:
+            continue
+        except lk.UsageError as error:
+            told[name] = error.instead
+    ours = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
+    assert [told[name] for name in ours] == [
+        "'adamw'", "'adamw', fused=True", "'adamw_8bit'", "'adamw_4bit'"
+    ]  # fmt: skip
+    here = {"sgd", "adagrad", "rmsprop", "adafactor", "schedule_free_adamw", "schedule_free_sgd"}
+    assert here <= {*theirs} - {*told}
