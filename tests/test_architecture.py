@@ -206,7 +206,10 @@ import sys, torch
 before = torch.get_rng_state()
 import loopkit
 assert torch.equal(before, torch.get_rng_state())
-extras = "torchmetrics rich matplotlib sklearn safetensors.torch tensorboard wandb mlflow fsspec"
+extras = (
+    "torchmetrics rich matplotlib sklearn safetensors.torch tensorboard wandb mlflow fsspec s3fs"
+    " huggingface_hub peft transformers accelerate lightning torchao schedulefree psutil torchdata"
+)
 print([name for name in extras.split() if name in sys.modules])
 """
     done = subprocess.run(

@@ -161,6 +161,10 @@ WRONG = {
     "a policy that is none": (lambda: lk.with_nonfinite("ignore"), U, "'ignore'", "'skip' or 'raise'"),
     "no schedule": (lambda: lk.with_schedule(), U, "no schedule", "lr=f"),
     "a schedule that is a number": (lambda: lk.with_schedule(lr=0.1), U, "lr = 0.1", "a function"),
+    "a schedule by its name": (lambda: lk.with_schedule(lr="cosin"), U, "lr = 'cosin'", "as 'cosine'; known are"),
+    "a schedule by another's name": (
+        lambda: lk.with_schedule("linear_with_warmup"), U, "a str", "as 'linear'; known are constant",
+    ),
     "a schedule of an unknown key": (
         lambda: lk.with_schedule(lrr=abs)(classifier)(make_state(), BATCH), U, "no 'lrr'", "'lr'",
     ),
