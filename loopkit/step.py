@@ -72,6 +72,7 @@ class Step:
     function: StepFunction
     features: tuple[Feature, ...] = ()
     window: WindowSize = _chain("window", places.no_window)
+    before: Transform = _chain("before", places.nothing)
     split: Split = _chain("split", places.whole_batch)
     around: Around = _chain("around", places.no_context)
     forward: Forward = _chain("forward")
@@ -104,14 +105,19 @@ class Step:
         if not known:
             set_up(self.features, self, state)
             state.unproven = True
+        self.before(state)  # values of a schedule, freezing
         window = state.window = self.split(state, batch)
-        state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        try:
+            state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        except RuntimeError as error:
+            _explain(error, self)
+            raise
         if state.unproven and not state.outcome.is_empty():
             self._prove(state)
         state.step += 1
         state.samples += state.outcome.samples
         state.lr = state.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
-        self.after(state)  # schedule, averages, scaler
+        self.after(state)  # averages, scaler, counts
         return state
 
     def set_up(self, state: TrainState) -> TrainState:
@@ -162,6 +168,22 @@ class Step:
             # would look the function up: so name the step, and take its function.
             return _rebuild, (self.function.__module__, self.function.__qualname__, self.features)
         return Step, (self.function, self.features)
+
+
+def _explain(error: RuntimeError, step: Step) -> None:
+    """Say what torch cannot know: that a step runs the backward pass itself.
+
+    Raises:
+        OutputError: If the error is that of a second backward pass.
+    """
+    if "backward through the graph a second time" in str(error):
+        raise OutputError(
+            f"the loss of {name_of_function(step)}",
+            "a graph that is used up: the function has called loss.backward() itself, or has kept"
+            " a tensor of an earlier batch with its graph",
+            "no loss.backward() and no optimizer.step() in it, only `return loss`: the step does"
+            " both; and hidden.detach() for what goes on from batch to batch",
+        ) from error
 
 
 def name_of_function(step: Step) -> str:

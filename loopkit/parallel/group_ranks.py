@@ -1,6 +1,8 @@
 """Ranks that talk through a process group."""
 
-from collections.abc import Iterator, Mapping
+import datetime
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +18,8 @@ from loopkit.errors import DataError
 from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
-from loopkit.parallel.group import wait_at_most
-from loopkit.parallel.whole import fitted, settle, whole
+from loopkit.parallel.group import TIMEOUT_S, wait_at_most
+from loopkit.parallel.whole import fitted, in_parts, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
@@ -33,6 +35,7 @@ class GroupRanks(Ranks):
         uneven: What ranks do that run out of data before others; see `sharded`.
         stream: How data is shared out that has no numbered samples.
         timeout_s: After the first update, how long a rank waits for another.
+        patience_s: How long a thread waits for those of other ranks.
         groups: Others that the strategy's own traffic goes through.
     """
 
@@ -40,9 +43,11 @@ class GroupRanks(Ranks):
     uneven: str = "exact"
     stream: str | None = None
     timeout_s: float | None = None
+    patience_s: float = TIMEOUT_S
     groups: tuple[Any, ...] = ()
     _lowered: bool = False
     _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
+    _aside: Any = None
 
     @property
     def alone(self) -> bool:
@@ -124,13 +129,35 @@ class GroupRanks(Ranks):
             wait_at_most(self.timeout_s, {None, self.group, *self.groups})
             self._lowered = True
 
-    def whole(self, state: TrainState) -> Any:
-        """`state.state_dict()` as of one process, on the first rank; None on the others."""
-        return whole(state)
+    @property
+    def number(self) -> int:
+        """Number of this process among all, those that hold the same data too."""
+        return dist.get_rank()
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on each of them."""
+        held: list[Any] = [None] * dist.get_world_size()
+        guarded(dist.all_gather_object, "gathering from all ranks", held, value)
+        return held
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """What does the same in a thread, beside the training; all have to call this."""
+        if self._aside is None:
+            patience = datetime.timedelta(seconds=self.patience_s)
+            self._aside = dist.new_group(backend="gloo", timeout=patience)
+        return functools.partial(_gathered, self._aside)
+
+    def in_parts(self, state: TrainState) -> Any:
+        """`state.state_dict()`, with a `Part` for what is spread; all have to call it."""
+        return in_parts(state)
 
     def fitted(self, state: TrainState, state_dict: Mapping[str, Any]) -> Any:
         """A whole state dict as this rank's part of the state takes it."""
         return fitted(state, state_dict)
+
+    def whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors that are spread over ranks put together, on the first one; all call it."""
+        return {name: whole(tensor, keep=self.is_first) for name, tensor in tensors.items()}
 
     def settle(self, state: TrainState) -> None:
         """What follows loading a state dict."""
@@ -140,8 +167,7 @@ class GroupRanks(Ranks):
     def among(self, flag: bool) -> Iterator[Any]:
         """A process group of the ranks that say True, for those; None for all."""
         mine = tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD))
-        said: list[Any] = [None] * dist.get_world_size()
-        guarded(dist.all_gather_object, "asking all ranks", said, (mine, flag))
+        said = self.everyone((mine, flag))
         if all(true for _, true in said):
             yield self.group
             return
@@ -191,6 +217,12 @@ class BuffersOfFirst:
     def __exit__(self, *error: object) -> None:
         for (buffer, _), value in zip(self.pairs, self._own, strict=True):
             buffer.copy_(value)
+
+
+def _gathered(group: Any, value: Any) -> list[Any]:
+    held: list[Any] = [None] * dist.get_world_size()
+    guarded(dist.all_gather_object, "writing a checkpoint", held, value, group)
+    return held
 
 
 def _check_sampler(data: Any) -> None:

@@ -208,3 +208,23 @@ def branched():
 def test_a_state_that_is_spread_is_not_copied():
     """A snapshot of shards is an error that says what to do."""
     POOL.run(2, branched)
+
+
+def branched_later(folder):
+    """A restore, an update, and a branch that another step is set up on."""
+    step, other, state = decorated("ddp"), decorated("ddp"), fresh()
+    lk.Checkpointer(folder).restore(state)
+    next(lk.run(step, state, loader(), max_epochs=1))
+    branch = state.snapshot()
+    drawn, samples, position = torch.get_rng_state(), branch.samples, branch.position
+    other.set_up(branch)
+    if state.ranks.is_first:  # others are seeded apart
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert branch.samples == samples > 0
+    assert branch.position is position
+
+
+def test_a_branch_of_a_restored_run_begins_where_the_run_is(tmp_path):
+    """What was restored long ago is not gone back to when a branch is spread over ranks."""
+    POOL.run(2, trained, "ddp", str(tmp_path), 2)
+    POOL.run(2, branched_later, str(tmp_path))
