@@ -70,15 +70,15 @@ def test_python_calls_of_an_update_stay_within_their_budget(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_updates_keep_no_memory(name):
-    """A hundred updates leave no more blocks of memory allocated by loopkit than ten do."""
-    updates = updates_of(name, 220)
+    """Later updates leave no more blocks of memory allocated by loopkit than earlier ones do."""
+    updates = updates_of(name, 520)
     for _ in itertools.islice(updates, 20):
         pass
     gc.collect()
     tracemalloc.start()
     try:
         kept = []
-        for count in (20, 100):
+        for count in (100, 400):  # Python itself keeps some blocks, about a hundred, to use again
             for _ in itertools.islice(updates, count):
                 pass
             gc.collect()
@@ -86,7 +86,7 @@ def test_updates_keep_no_memory(name):
             kept.append(sum(trace.count for trace in found.statistics("filename")))
     finally:
         tracemalloc.stop()
-    assert (kept[1] - kept[0]) / 100 <= BLOCKS[name]
+    assert (kept[1] - kept[0]) / 400 <= BLOCKS[name]
 
 
 @pytest.mark.parametrize("name", STEPS)
