@@ -5,6 +5,7 @@ import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
 from pool import POOL
+from test_parity import whole
 from torch.nn import functional as F
 
 from problems import make_batches, make_state
@@ -42,21 +43,23 @@ def trained(decorator, strategy, batches, accumulate=1, step=function):
 
 def on_ranks(name, strategy):
     state = trained(MADE[name](), strategy, make_batches(6))
-    found = state.ranks.whole(state)
-    return found and {"model": found["model"], "features": found["features"]}
+    kept = {
+        name: whole(state.features[name].weights) for name in {"swa", "ema"} & {*state.features}
+    }
+    return whole(state.state_dict()["model"]), kept
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", MADE)
 def test_weights_and_averages_equal_those_of_one_process(strategy, name):
     """Two ranks end where one process ends with the micro-batches of both in a window."""
-    ours = POOL.run(2, on_ranks, name, strategy)[0]
+    (weights, averages), _ = POOL.run(2, on_ranks, name, strategy)
     state = trained(MADE[name](), None, make_batches(6), accumulate=2)
     for key, value in state.state_dict()["model"].items():
-        torch.testing.assert_close(ours["model"][key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-6)
     for feature in {"swa", "ema"} & state.features.keys():
         for key, value in state.features[feature].weights.items():
-            torch.testing.assert_close(ours["features"][feature][key], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(averages[feature][key], value, rtol=1e-5, atol=1e-6)
 
 
 def noisy():
