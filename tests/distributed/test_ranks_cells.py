@@ -11,6 +11,12 @@ ALL = os.environ.get("LOOPKIT_CELLS") == "all"
 STRATEGIES = ("ddp", "fsdp")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_processes():
+    """Ranks that have run no other test: data workers forked from those have crashed."""
+    POOL.stop()
+
+
 def cells_of(strategy, data, workers):
     """The cells of these: all, or every second one.
 
