@@ -58,7 +58,7 @@ class Stream(IterableDataset):
 
 def loader(dataset, workers, kind=DataLoader, **settings):
     if workers:
-        gc.collect()  # here: a forked worker that did it would wait for threads of a lost DDP
+        gc.collect()  # here: a worker that did it at its very start would hang on a DDP of before
         # Ranks that were spawned would spawn their workers, which takes seconds
         settings |= {"multiprocessing_context": "fork", "timeout": 60}
     return kind(dataset, SIZE, num_workers=workers, **settings)
