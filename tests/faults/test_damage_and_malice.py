@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from loopkit.checkpoint.folder import read_checkpoint
-from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, VERSION
 from loopkit.checkpoint.read import read
 
 from trainings import digest_of, make_state, restored, train
@@ -246,7 +246,7 @@ def test_a_manifest_that_lies_is_found(two, lie):
 def test_a_later_version_of_the_format_says_to_upgrade(two):
     """It is not damage, and nothing older is taken in its place."""
     folder, _ = two
-    sign(newest(folder) / MANIFEST, lambda body: body.update(version=2))
+    sign(newest(folder) / MANIFEST, lambda body: body.update(version=VERSION + 1))
     with pytest.raises(lk.CheckpointError, match="upgrade"):
         restored(folder)
 
