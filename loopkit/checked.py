@@ -10,7 +10,7 @@ from loopkit.errors import UsageError
 from loopkit.ranks import Ranks
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, call: str = "lk.TrainState(model, optimizer)") -> None:
     """Check that it is a module.
 
     Raises:
@@ -18,7 +18,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
-            "lk.TrainState(model, optimizer)",
+            call,
             f"a model of type {type(model).__name__}",
             "a torch.nn.Module as the model",
         )

@@ -27,6 +27,7 @@ from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.closing import Closing
 from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
 from loopkit.every import Every, Interval, Moment
+from loopkit.given import check_state
 from loopkit.ranks import together
 from loopkit.state import TrainState
 
@@ -133,6 +134,7 @@ class Checkpointer(Closing):
             CheckpointError: If an earlier save failed, another process saves in the folder,
                 or the folder holds later checkpoints that the state does not come from.
         """
+        check_state("checkpoints.save(state)", state)
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
         ranks = state.ranks
         if ranks.from_first(self._saver.drops):
@@ -247,6 +249,7 @@ class Checkpointer(Closing):
                 not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
+        check_state("checkpoints.restore(state)", state)
         restored = together(
             state.ranks, "checkpoints.restore(state)", lambda: self._restore(state, which)
         )
