@@ -121,8 +121,8 @@ class FSDP:
         }
         for block in blocks_of(state.model, self.blocks):
             fully_shard(block, **settings)
-        # Torch would leave what is outside of all blocks gathered after a forward; the next one then
-        # does not see weights that were changed meanwhile, such as averages swapped in.
+        # Torch would leave what is outside of all blocks gathered after a forward; the next one
+        # then does not see weights that were changed meanwhile, such as averages swapped in.
         model: Any = fully_shard(state.model, **settings)
         for method in self.methods:
             _check_method(model, method)
