@@ -4,6 +4,7 @@ Write a step function, compose features onto it, and drive it from plain Python:
 `for state in run(step, state, loader): ...`. Read `state` and `step` first.
 """
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,9 @@ def __getattr__(name: str) -> Any:
         if name in names:
             value = globals()[name] = getattr(importlib.import_module(module), name)
             return value
-    message = f"module 'loopkit' has no attribute {name!r}"
+    close = [] if name.startswith("_") else difflib.get_close_matches(name, __all__, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    message = f"module 'loopkit' has no attribute {name!r}{meant}"
     raise AttributeError(message)
 
 

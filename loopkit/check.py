@@ -91,3 +91,7 @@ def near(word: str, known: Iterable[str]) -> str:
     every = ", ".join(choices)
     close = difflib.get_close_matches(word.lower(), choices, n=1)
     return f"{close[0]!r}; known are {every}" if close else f"one of {every}"
+
+
+NO_SCORE = "; of a step function's mapping numbers and 0-d tensors are scores, a vector is none"
+"""What an error says where a score was asked for that `evaluate` did not return."""

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from loopkit.errors import UsageError
 from loopkit.ranks import Ranks
 
+# By name, so that nothing is imported for it; torch's first one has namesakes elsewhere
+WRAPPERS = {"DistributedDataParallel": "", "FullyShardedDataParallel": '"fsdp"'}
+
 
 def check_model(model: object) -> None:
-    """Check that it is a module.
+    """Check that it is a module, and that nothing wraps it which `distributed` is there for.
 
     Raises:
-        UsageError: If it is none.
+        UsageError: If not.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -22,6 +25,20 @@ def check_model(model: object) -> None:
             f"a model of type {type(model).__name__}",
             "a torch.nn.Module as the model",
         )
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS:
+                _refuse_wrapped(f"model.{name}" if name else "model", kind.__name__)
+
+
+def _refuse_wrapped(name: str, kind: str) -> None:
+    raise UsageError(
+        f"lk.TrainState(model, optimizer) with a {kind} as {name}",
+        "gradients averaged by the wrapper, of which a step knows nothing: each rank would take"
+        " all of the data, sync each micro-batch, and save and evaluate by itself",
+        f"the plain module ({name}.module), an optimizer over its parameters, and"
+        f" @lk.distributed({WRAPPERS[kind]}) on the step",
+    )
 
 
 def check_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -19,8 +19,8 @@ from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
 from loopkit.modes import eval_modes, untouched_rng
 from loopkit.nested import batch_size
-from loopkit.outcome import Weight
-from loopkit.output import read_weight
+from loopkit.outcome import Scalar, Weight
+from loopkit.output import read_weight, scalars_of
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.step import Step
@@ -36,19 +36,23 @@ class Mean:
     total: Tensor | float = 0.0
     weight: Weight = 0.0
 
-    def add(self, value: Tensor, weight: Weight) -> None:
+    def add(self, value: Scalar, weight: Weight) -> None:
         """Add one batch; one of weight zero, a mean over nothing, adds nothing."""
-        wide = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+        number = _wide(value) if isinstance(value, Tensor) else float(value)
         if isinstance(weight, Tensor):
-            self.total = self.total + torch.where(weight > 0, wide * weight, 0)
+            self.total = self.total + torch.where(weight > 0, number * _wide(weight), 0)
         elif weight:
-            self.total = self.total + wide * weight
+            self.total = self.total + number * weight
         self.weight = self.weight + weight
 
     def value(self) -> float:
         """The mean; NaN over nothing."""
         weight = float(self.weight)
         return float(self.total) / weight if weight else float("nan")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def evaluate(
@@ -62,11 +66,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the state on the data: mean losses and metrics, as floats.
 
-    The step function returns a mapping (or a loss). Its 0-d tensors become means,
+    The step function returns a mapping (or a loss). Its numbers and 0-d tensors become means,
     weighted by its `"weight"`, or else by the number of samples in the batch, so that the
-    figures do not depend on the batch size. `preds` and `target` go to the metrics.
-    Nothing is left out: a NaN in one batch is a NaN in the result. Train and eval modes
-    of all modules, and the random number generators, are left as they were.
+    figures do not depend on the batch size. `preds` and `target` go to the metrics; what else
+    is a vector or more is no score (`accuracies.mean()` is one). A NaN in one batch is a NaN in
+    the result. Train and eval modes of all modules, and the random number generators, are left
+    as they were.
 
     Args:
         step: An eval step, or a plain function; only its forward runs.
@@ -230,12 +235,18 @@ def _mapping_of(output: Any) -> Mapping[str, Any]:
 
 
 def _add_means(means: dict[str, Mean], mapping: Mapping[str, Any], weight: Weight) -> None:
-    for name, value in mapping.items():
-        if name != "weight" and isinstance(value, Tensor) and value.ndim == 0:
-            means.setdefault(name, Mean()).add(value, weight)
-        elif name == "loss":
-            raise OutputError(
-                'an eval step\'s "loss"',
-                f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}",
-                "a 0-d tensor, the mean over the batch",
-            )
+    numbers = scalars_of(mapping)
+    if "loss" in mapping:
+        numbers = {"loss": _checked_loss(mapping["loss"]), **numbers}
+    for name, value in numbers.items():
+        means.setdefault(name, Mean()).add(value, weight)
+
+
+def _checked_loss(loss: Any) -> Tensor:
+    if isinstance(loss, Tensor) and not loss.ndim:
+        return loss
+    raise OutputError(
+        'an eval step\'s "loss"',
+        f"a {type(loss).__name__} of shape {tuple(getattr(loss, 'shape', ()))}",
+        "a 0-d tensor, the mean over the batch",
+    )

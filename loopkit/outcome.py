@@ -9,15 +9,16 @@ from torch import Tensor
 from loopkit.errors import OutputError
 
 Weight = float | Tensor
+Scalar = float | Tensor
+"""What a step function's mapping may hold beside the loss: a number, or a 0-d tensor."""
 
-
-Part = tuple[Tensor, Weight | None, Mapping[str, Tensor]]
-"""One micro-batch: its detached loss, its weight or None, and its other 0-d tensors."""
+Part = tuple[Tensor, Weight | None, Mapping[str, Scalar]]
+"""One micro-batch: its detached loss, its weight or None, and its other numbers."""
 
 
 @attrs.define
 class Outcome:
-    """Losses, weights and 0-d tensors of the micro-batches of one update.
+    """Losses, weights and numbers of the micro-batches of one update.
 
     Nothing is computed before it is asked for: an update that nobody looks at
     costs a list append.
@@ -84,12 +85,24 @@ class Outcome:
         }
 
 
-def _mean(values: list[tuple[Tensor, Weight | None]]) -> Tensor:
+def _mean(values: list[tuple[Scalar, Weight | None]]) -> Tensor:
     if len(values) < 2:
-        return values[0][0] if values else torch.tensor(float("nan"))
-    stacked = torch.stack([value for value, _ in values])
+        return _tensors(values)[0] if values else torch.tensor(float("nan"))
+    stacked = torch.stack(_tensors(values))
     stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # of counts, of bf16
     if values[0][1] is None:
         return stacked.mean()
     weights = torch.stack([torch.as_tensor(weight).to(stacked) for _, weight in values])
     return torch.where(weights > 0, stacked * weights, 0).sum() / weights.sum()
+
+
+def _tensors(values: list[tuple[Scalar, Weight | None]]) -> list[Tensor]:
+    """The values; those that are numbers as tensors on the device of the others, or of weights."""
+    tensors = (x for pair in values for x in pair if isinstance(x, Tensor))
+    device = next((x.device for x in tensors), torch.device("cpu"))
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    # Filled on the device: a copy of a number from the host would wait for it
+    return [
+        v if isinstance(v, Tensor) else torch.full((), float(v), dtype=wide, device=device)
+        for v, _ in values
+    ]

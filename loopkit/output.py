@@ -2,22 +2,23 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from loopkit.errors import OutputError
-from loopkit.outcome import Weight
+from loopkit.outcome import Scalar, Weight
 
-_NO_SCALARS: Mapping[str, Tensor] = {}
+_NO_SCALARS: Mapping[str, Scalar] = {}
 RETURNS = 'a 0-d loss tensor, or a mapping that holds it under "loss"'
 
 
 def read_output(
     output: Any,
-) -> tuple[Tensor, Weight | None, Mapping[str, Tensor], Mapping[str, Any] | None]:
-    """The loss, the weight or None, the other 0-d tensors, and the mapping or None.
+) -> tuple[Tensor, Weight | None, Mapping[str, Scalar], Mapping[str, Any] | None]:
+    """The loss, the weight or None, the other numbers, and the mapping or None.
 
     Raises:
         OutputError: If there is no loss, or it is no scalar, or has no gradient.
@@ -34,17 +35,20 @@ def read_output(
     return loss, None if weight is None else read_weight(weight), scalars_of(output), output
 
 
-def scalars_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The 0-d tensors of a step function's mapping, detached, less loss and weight.
+def scalars_of(output: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The numbers of a step function's mapping, less loss and weight.
+
+    0-d tensors, detached, or Python's and NumPy's own. Vectors are no numbers, and are left out.
 
     Example:
         >>> scalars_of({"loss": torch.tensor(1.0), "accuracy": torch.tensor(0.5), "n": 3})
-        {'accuracy': tensor(0.5000)}
+        {'accuracy': tensor(0.5000), 'n': 3}
     """
     return {
-        name: value.detach()
+        name: value.detach() if isinstance(value, Tensor) else value
         for name, value in output.items()
-        if isinstance(value, Tensor) and value.ndim == 0 and name not in {"loss", "weight"}
+        if (value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, Real))
+        and name not in {"loss", "weight"}
     }
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from loopkit.errors import DataError, UsageError
 from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
-from loopkit.opening import opened
+from loopkit.opening import opened, read_again
 from loopkit.position import Position, moved, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
@@ -63,9 +64,9 @@ class Loop:
         most = self.limits.steps or math.inf
         deadline = time.monotonic() + (self.limits.seconds or math.inf)
         timed = self.limits.seconds is not None
-        self._start()
+        other = self._start()
         if self._ended() and state.ranks.is_first:
-            logger.info("{} has come to the end of its run: no update is left to do", state)
+            self._say_nothing_left(other)
         with Interruptible() as interrupt:
             while not self._ended() and not (timed and self._is_over(deadline)):
                 before = state.step
@@ -93,9 +94,10 @@ class Loop:
     def _is_over(self, deadline: float) -> bool:
         return bool(self.state.ranks.agree(time.monotonic() >= deadline))
 
-    def _start(self) -> None:
-        state = self.state
-        if self._is_other_data():
+    def _start(self) -> bool:
+        """Take the state's place in the data up; whether it is other data than that of before."""
+        state, other = self.state, self._is_other_data()
+        if other:
             state.batch, state.position = 0, Position()
         elif state.data is None:
             take_up(self.data, state.position)
@@ -103,6 +105,22 @@ class Loop:
         self._roll_over()
         state.data, state.epoch_batches = self.data, self.limits.batches
         self._begun_at, self._dried_up = state.epoch, False
+        return other
+
+    def _say_nothing_left(self, other: bool) -> None:
+        state, limits = self.state, self.limits
+        logger.info("{} has come to the end of its run: no update is left to do", state)
+        by_steps = limits.steps is not None and state.step >= limits.steps
+        # Fine is a script that is run again after its end, which makes no update before this; a
+        # loop that goes on with the same data; and a total of updates over parts of the data.
+        if other and state.taken and not by_steps:
+            warnings.warn(
+                f"run(..., max_epochs={limits.epochs:g}) over other data makes no update:"
+                f" {state!r} has come to that end already, as limits count from the state's first"
+                f" epoch, not from this run's; write max_epochs={state.epoch + 1} for one more, or"
+                " lk.TrainState(model, optimizer), which begins at epoch 0",
+                stacklevel=3,
+            )
 
     def _open(self, data: Iterable[Any]) -> Iterator[Any]:
         state = self.state
@@ -135,6 +153,7 @@ class Loop:
         if known_length(self.data) is not None:
             return feed_sized(batches, int(left), sizes, device)
         self._ahead = self._ahead_of(batches)
+        read_again(self._ahead, self.state.position, device)
         return feed_unsized(self._ahead, left, sizes, device)
 
     def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
@@ -147,11 +166,13 @@ class Loop:
     def _look_ahead(self, batches: Iterator[Any]) -> None:
         """See whether the epoch is over; after an update, for data may depend on the weights."""
         state = self.state
+        state.position.ahead = None
         if self._ahead is None:
             if not self.limits.capped:
                 check_exhausted(batches, state.batch)
         elif not state.epoch_end and state.batch != self._cut():
-            state.position.keep(self.data)  # as it is before more is read than was trained on
+            # Before more is read than was trained on
+            state.position.keep(self.data, state.device)
             state.epoch_end = self._ahead.at_end
 
     def _explain_nothing(self, batches: Iterator[Any]) -> None:

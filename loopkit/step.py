@@ -9,7 +9,7 @@ import attrs
 
 from loopkit import places
 from loopkit.errors import CompositionError, OutputError
-from loopkit.feature import Feature
+from loopkit.feature import Feature, check_excluded
 from loopkit.setup import set_up
 from loopkit.state import TrainState
 from loopkit.types import (
@@ -107,7 +107,11 @@ class Step:
             state.unproven = True
         self.before(state)  # values of a schedule, freezing
         window = state.window = self.split(state, batch)
-        state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        try:
+            state.applied = self.update(state, window)  # gradients, unscale, transform, apply
+        except RuntimeError as error:
+            _explain(error, self)
+            raise
         if state.unproven and not state.outcome.is_empty():
             self._prove(state)
         state.step += 1
@@ -166,6 +170,22 @@ class Step:
         return Step, (self.function, self.features)
 
 
+def _explain(error: RuntimeError, step: Step) -> None:
+    """Say what torch cannot know: that a step runs the backward pass itself.
+
+    Raises:
+        OutputError: If the error is that of a second backward pass.
+    """
+    if "backward through the graph a second time" in str(error):
+        raise OutputError(
+            f"the loss of {name_of_function(step)}",
+            "a graph that is used up: the function has called loss.backward() itself, or has kept"
+            " a tensor of an earlier batch with its graph",
+            "no loss.backward() and no optimizer.step() in it, only `return loss`: the step does"
+            " both; and hidden.detach() for what goes on from batch to batch",
+        ) from error
+
+
 def name_of_function(step: Step) -> str:
     """The name of the user's function."""
     return getattr(step.function, "__name__", None) or repr(step.function)
@@ -210,19 +230,7 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
                     f"that both {claim[0]} {claim[1]!r}",
                     "one of the two" + ", or another name=..." * claim[0].startswith("keep"),
                 )
-    for feature in features:
-        _check_excluded(feature, [other for other in features if other.name != feature.name])
-
-
-def _check_excluded(feature: Feature, others: list[Feature]) -> None:
-    for place in feature.excludes:
-        for other in others:
-            if place in other.owns or place in other.wraps:
-                raise CompositionError(
-                    f"{feature.name} composed with {other.name}",
-                    f"that the first leaves nothing to do for what the second has in {place!r}",
-                    "one of the two",
-                )
+    check_excluded(features, alone=True)
 
 
 def _by_name(module: str, qualname: str) -> Any:

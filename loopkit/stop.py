@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 from loguru import logger
 
-from loopkit.check import at_least_one, near, one_of
+from loopkit.check import NO_SCORE, at_least_one, near, one_of
 from loopkit.errors import UsageError
 from loopkit.ranks import is_main_rank
 
@@ -90,11 +90,17 @@ class EarlyStopping:
 
     def __call__(self, scores: Mapping[str, float]) -> bool:
         """Whether to stop, after an evaluation that gave these scores."""
+        if not isinstance(scores, Mapping):
+            raise UsageError(
+                f"EarlyStopping({self.monitor!r}) called with {scores!r:.40}",
+                f"a {type(scores).__name__} as the scores",
+                f'what evaluate returns, or a name for it: stop({{"{self.monitor}": score}})',
+            )
         if self.monitor not in scores:
             raise UsageError(
                 f"EarlyStopping({self.monitor!r}) called with scores",
                 f"no {self.monitor!r} in {sorted(scores)}",
-                f"EarlyStopping of {near(self.monitor, scores)}",
+                f"EarlyStopping of {near(self.monitor, scores)}{NO_SCORE}",
             )
         self.reason = self._judge(float(scores[self.monitor]))
         if self.reason is not None and is_main_rank():  # all ranks say it

@@ -1,7 +1,7 @@
 """Windows: the micro-batches of one update."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -131,6 +131,13 @@ def windows(data: Iterable[Any], n: int) -> Iterator[Window]:
         >>> [list(w.batches) for w in windows("abcde", 2)]
         [['a', 'b'], ['c', 'd'], ['e']]
     """
+    if isinstance(n, Mapping) or callable(n):
+        raise UsageError(
+            f"windows(data, {n!r:.60})",
+            f"n as a {type(n).__name__}, by a clock that it does not know",
+            "the n of this epoch, windows(data, 1 if state.epoch < 4 else 8), called anew for each;"
+            " or lk.run(step, state, data), which follows with_grad_accum({0: 1, 4: 8}) by itself",
+        )
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise UsageError(
             f"windows(data, {n!r})", f"n = {n!r}", "windows(data, n) with a whole n >= 1"

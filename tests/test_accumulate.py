@@ -3,6 +3,7 @@
 import copy
 
 import loopkit as lk
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +90,27 @@ def test_auxiliary_numbers_are_means_by_weight_over_the_window():
     batches = [make_batches(1, size)[0] for size in (1, 3)]
     lk.with_grad_accum(2)(step_function)(state, lk.Window(batches))
     assert state.metrics["size"].item() == (1 * 1 + 3 * 3) / 4
+
+
+@pytest.mark.parametrize("weight", [None, lambda n: n, torch.tensor])
+@pytest.mark.parametrize("window", [1, 2])
+def test_numbers_of_the_host_are_means_as_tensors_are(weight, window):
+    """Python's and NumPy's numbers and bools come out as 0-d tensors, with the means of those."""
+
+    def step_function(state, batch):
+        size, given = len(batch[1]), {} if weight is None else {"weight": weight(len(batch[1]))}
+        numbers = {"float": 0.1 * size, "int": size, "bool": size > 1, "numpy": np.float32(size)}
+        tensors = {f"tensor/{n}": torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()}
+        return {"loss": classifier(state, batch), **numbers, **tensors, **given, "each": batch[1]}
+
+    state = sgd_state(torch.float32)
+    batches = [make_batches(1, size)[0] for size in (1, 3)][:window]
+    lk.with_grad_accum(window)(step_function)(state, lk.Window(batches))
+    found = {name: value.item() for name, value in state.metrics.items()}
+    share = 1 if window == 1 else 2 if weight is None else (1 + 9) / 4
+    assert (found["int"], found["numpy"]) == (share, share)
+    assert all(found[f"tensor/{name}"] == found[name] for name in ("float", "int", "bool", "numpy"))
+    assert "each" not in found
 
 
 class Stream(IterableDataset):

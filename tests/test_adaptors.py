@@ -57,9 +57,9 @@ def test_adaptors_compose_in_any_order(tmp_path, outer, inner):
 @pytest.mark.parametrize(("outer", "inner"), PAIRS[::5])
 def test_finish_drives_any_chain_to_its_end(tmp_path, outer, inner):
     """It gives the run's state after all updates, and again where none is left to do."""
-    made, state, plain = adaptors(tmp_path), make_state(), make_state()
+    made, state, plain, data = adaptors(tmp_path), make_state(), make_state(), make_batches()
     for _ in range(2):
-        run = made[outer](made[inner](lk.run(classifier, state, make_batches(), max_epochs=2)))
+        run = made[outer](made[inner](lk.run(classifier, state, data, max_epochs=2)))
         assert run.finish() is state
     assert lk.run(classifier, plain, make_batches(), max_epochs=2).finish() is plain
     assert_bitwise_equal(state.model.state_dict(), plain.model.state_dict())

@@ -50,6 +50,7 @@ checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
 checkpoint.snapshot checkpoint.restore checkpoint.writer checkpoint.owner
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
+checkpoint.pieces
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
 checkpoint.remote
 checkpoint.disk
@@ -69,8 +70,10 @@ types modes metrics averages
 updates every stop
 state feed
 limits device output opening functional graphs background
+restored
 check checked outcome window interrupt seed position
-nested plain extras rng counting norms data.order data.samples data.watch ranks silence
+parts
+nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips
 errors exact closing data.epoch data
 """.split("\n")[1:-1]
 
@@ -203,7 +206,10 @@ import sys, torch
 before = torch.get_rng_state()
 import loopkit
 assert torch.equal(before, torch.get_rng_state())
-extras = "torchmetrics rich matplotlib sklearn safetensors.torch tensorboard wandb mlflow fsspec"
+extras = (
+    "torchmetrics rich matplotlib sklearn safetensors.torch tensorboard wandb mlflow fsspec s3fs"
+    " huggingface_hub peft transformers accelerate lightning torchao schedulefree psutil torchdata"
+)
 print([name for name in extras.split() if name in sys.modules])
 """
     done = subprocess.run(

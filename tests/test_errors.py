@@ -39,6 +39,26 @@ def other_optimizer():
     return torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
 
 
+def pasted_loop(state, batch):
+    state.optimizer.zero_grad()
+    loss = classifier(state, batch)
+    loss.backward()
+    state.optimizer.step()
+    return loss
+
+
+def recurrent():
+    """Two updates, of which the second one's loss depends on the first one's graph."""
+    state, kept = make_state(), [torch.zeros(())]
+
+    def step(state, batch):
+        kept[0] = kept[0] + classifier(state, batch)
+        return kept[0]
+
+    for _ in range(2):
+        call(step, state)
+
+
 U, C, R, D = lk.UsageError, lk.CompositionError, lk.OutputError, lk.DataError
 
 # What is written, the error, and what its message names: the finding and the remedy.
@@ -97,6 +117,8 @@ WRONG = {
         lambda: next(lk.run(lk.with_grad_accum(2)(classifier), make_state(), lk.windows([BATCH] * 4, 2))),
         D, "windows, for a step", "run(step, state, data)",
     ),
+    "windows by a schedule": (lambda: lk.windows([], {0: 1, 4: 8}), U, "n as a dict", "if state.epoch < 4 else 8"),
+    "windows by a function": (lambda: lk.windows([], lambda state: 4), U, "n as a function", "lk.run(step, state, data)"),
     "windows of nothing": (lambda: lk.windows([], 0), U, "n = 0", "n >= 1"),
     "a loss that is no scalar": (lambda: call(step_of(lambda x: x)), R, "(5, 3)", "loss.mean()"),
     "a loss without a gradient": (
@@ -139,6 +161,10 @@ WRONG = {
     "a policy that is none": (lambda: lk.with_nonfinite("ignore"), U, "'ignore'", "'skip' or 'raise'"),
     "no schedule": (lambda: lk.with_schedule(), U, "no schedule", "lr=f"),
     "a schedule that is a number": (lambda: lk.with_schedule(lr=0.1), U, "lr = 0.1", "a function"),
+    "a schedule by its name": (lambda: lk.with_schedule(lr="cosin"), U, "lr = 'cosin'", "as 'cosine'; known are"),
+    "a schedule by another's name": (
+        lambda: lk.with_schedule("linear_with_warmup"), U, "a str", "as 'linear'; known are constant",
+    ),
     "a schedule of an unknown key": (
         lambda: lk.with_schedule(lrr=abs)(classifier)(make_state(), BATCH), U, "no 'lrr'", "'lr'",
     ),
@@ -155,6 +181,16 @@ WRONG = {
         lambda: lk.with_schedule(torch.optim.lr_scheduler.StepLR(other_optimizer(), 1))(classifier)(make_state(), BATCH),
         U, "another optimizer", "state.optimizer",
     ),
+    "a loop pasted into the step": (
+        lambda: call(pasted_loop), R, "the function has called loss.backward() itself", "only `return loss`",
+    ),
+    "a loop pasted into a decorated step": (
+        lambda: lk.compose(lk.with_amp("fp16"), lk.with_grad_accum(2), lk.with_ema(0.9))(pasted_loop)(
+            make_state(), lk.Window([BATCH, BATCH])
+        ),
+        R, "the loss of pasted_loop", "no optimizer.step()",
+    ),
+    "a hidden state that is not detached": (lambda: recurrent(), R, "a tensor of an earlier batch", "hidden.detach()"),
     "a state dict with a part missing": (lambda: make_state().load_state_dict({"model": {}}), U, "['model']", "exactly the parts"),
     "an update with other weights in place": (
         lambda: call_within_averages(), C, "other weights", "after the with block",

@@ -33,7 +33,8 @@ def full(state, batch):
         "inputs": inputs.mean(),
         "preds": logits,
         "target": labels,
-        "count": len(inputs),
+        "count": f"{len(inputs)} samples",
+        "mean": inputs.mean().item(),
         "nothing": None,
     }
 
@@ -94,9 +95,9 @@ def test_figures_do_not_depend_on_the_batch_size(metrics):
 
 
 def test_the_names_of_the_results():
-    """0-d tensors and metrics keep their names; what is no scalar is spelled out."""
+    """0-d tensors, numbers and metrics keep their names; what is no scalar is spelled out."""
     state = make_state("mlp", dtype=torch.float64)
-    plain = {"loss", "margin", "inputs"}
+    plain = {"loss", "margin", "inputs", "mean"}
     assert lk.evaluate(full, state, cut(50)).keys() == plain
     found = {name: lk.evaluate(full, state, cut(50), METRICS[name]()) for name in METRICS}
     assert found["metric"].keys() == plain | {"MulticlassAccuracy"}
@@ -120,6 +121,26 @@ def test_a_weighted_loss_is_the_mean_over_all_that_was_counted(sizes, dtype):
     whole = weighted(state, (inputs, labels))["loss"].item()
     close = pytest.approx(whole, rel={64: 1e-12, 32: 1e-5}[dtype], nan_ok=True)
     assert lk.evaluate(weighted, state, batches) == {"loss": close}
+
+
+@pytest.mark.parametrize("weight", [None, lambda n: n, torch.tensor])
+def test_numbers_of_the_host_are_means_as_tensors_are(weight):
+    """Python's and NumPy's numbers and bools, weighted alike, in float64; a vector is no score."""
+
+    def step(state, batch):
+        size, value = len(batch), batch.sum().item()
+        given = {} if weight is None else {"weight": weight(2 * size)}
+        numbers = {"float": value, "int": size, "bool": size > 1, "numpy": np.float32(value)}
+        tensors = {f"tensor/{name}": torch.tensor(value) for name, value in numbers.items()}
+        return {**numbers, **tensors, **given, "each": batch, "word": "w"}
+
+    batches = [torch.full((n,), 0.1, dtype=torch.float64) for n in (1, 2, 5)]
+    scores = lk.evaluate(step, tiny_state(), batches)
+    assert scores["int"] == (1 * 1 + 2 * 2 + 5 * 5) / 8
+    assert scores["bool"] == 7 / 8
+    assert scores["float"] == pytest.approx(0.1 * 30 / 8, rel=1e-15)
+    assert all(scores[f"tensor/{n}"] == scores[n] for n in ("int", "bool", "numpy"))
+    assert len(scores) == 8
 
 
 def test_batches_over_nothing_add_nothing():

@@ -8,6 +8,7 @@ import torch
 from loopkit.testing import assert_bitwise_equal
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from problems import classifier, make_batches, make_state
 
@@ -268,3 +269,31 @@ def test_an_update_that_raises_leaves_the_state_as_it_was():
     assert state.step == 3
     assert_bitwise_equal(state.state_dict(), saved)
     assert [s.step for s in lk.run(step, state, data, max_epochs=1)] == [4, 5, 6, 7]
+
+
+def test_a_plateau_scheduler_in_extras_goes_on_after_a_restore():
+    """ReduceLROnPlateau, stepped by a score in the loop's body: stopped or not, the same rates."""
+    data, scores = make_batches(), (1.0, 0.5, 0.6, 0.6, 0.6, 0.4, 0.4, 0.4, 0.4)
+
+    def train(state, epochs, rates):
+        for _ in lk.run(classifier, state, data, max_epochs=epochs):
+            if state.epoch_end:
+                state.extras["plateau"].step(scores[state.epoch])
+                rates.append(state.optimizer.param_groups[0]["lr"])
+        return state
+
+    def fresh():
+        state = make_state()
+        state.extras["plateau"] = ReduceLROnPlateau(state.optimizer, factor=0.5, patience=1)
+        return state
+
+    whole, first, rest = [], [], []
+    end = train(fresh(), 9, whole)
+    stopped, resumed = train(fresh(), 4, first), fresh()
+    resumed.load_state_dict(stopped.state_dict())
+    train(resumed, 9, rest)
+    by_hand = ReduceLROnPlateau(make_state().optimizer, factor=0.5, patience=1)
+    wanted = [by_hand.step(score) or by_hand.get_last_lr()[0] for score in scores]
+    assert whole == first + rest == wanted
+    assert len({*wanted}) > 2
+    assert_bitwise_equal(resumed.model.state_dict(), end.model.state_dict())

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hub import local_hub, run_beside
+
 GUIDE = Path(__file__).parents[1] / "docs" / "migrating.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _, FIRST, *SECTIONS = re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE)
@@ -62,11 +64,24 @@ def test_the_code_of_a_row_runs(title, tmp_path, monkeypatch):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import) and not importlib.util.find_spec(node.names[0].name):
             pytest.skip(f"needs {node.names[0].name}, of the extra examples-all")
+    if "push_to_hub" in title:
+        run_with_a_hub("\n".join([*start, block]), tmp_path)
+        return
     namespace, switches = {"__name__": "migrating"}, torch.backends.cudnn.benchmark
     for code in (*start, block):
         exec(compile(code, GUIDE.name, "exec"), namespace)  # noqa: S102
     assert torch.backends.cudnn.benchmark == switches
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def run_with_a_hub(code, folder):
+    """The hub of the row is one on this machine, which has got the weights at the end."""
+    pytest.importorskip("huggingface_hub")
+    with local_hub() as hub:
+        done = run_beside(hub, code, folder)
+    assert done.returncode == 0, done.stderr
+    wanted = (folder / "runs/hub/1/model.safetensors").read_bytes()
+    assert hub.repos == {"me/digits": {"model.safetensors": wanted}}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ import copy
 import loopkit as lk
 import pytest
 import torch
+from loopkit.skips import Skips
 from loopkit.testing import assert_bitwise_equal
 
 from problems import OPTIMIZERS, classifier, halving, make_batches, make_state
@@ -136,3 +137,95 @@ def test_fused_optimizers_decide_on_the_device(optimizer):
         step(state, batch)
     assert isinstance(state.applied, torch.Tensor)
     assert not hasattr(state.optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "fused adamw"])
+def test_skipping_without_end_is_an_error(optimizer):
+    """After `most` skipped updates in a row, not before; an applied one ends the count."""
+
+    def function(state, batch):
+        return classifier(state, batch) * (1 if state.step == 4 else float("nan"))
+
+    state = make_state(optimizer=optimizer)
+    run = lk.run(lk.with_nonfinite("skip", most=6)(function), state, make_batches(30), max_epochs=1)
+    with pytest.raises(lk.NonFiniteError, match="6 updates in a row skipped: loss nan") as caught:
+        run.finish()
+    assert state.step == 4 + 1 + 6
+    assert "most=None" in caught.value.instead
+
+
+def test_fp16_whose_scale_falls_for_ever_is_an_error():
+    """A hundred overflows in a row: the error says what the scale has come to, 2**(16 - 100)."""
+    state = make_state()
+    step = lk.compose(lk.with_amp("fp16"), lk.with_nonfinite("skip"))(
+        lambda s, b: classifier(s, b) * float("inf")
+    )
+    batch = make_batches(1)[0]
+    for _ in range(99):
+        step(state, batch)
+    with pytest.raises(lk.NonFiniteError, match=r"100 updates in a row.* down to 5\.17e-26"):
+        step(state, batch)
+
+
+def test_updates_over_nothing_are_no_skips_without_end():
+    """Windows without a label may come for as long as they like; they do not end a count either."""
+
+    def function(state, batch):
+        broken = state.step in {2, 6}
+        loss = classifier(state, batch) * (float("nan") if broken else 1)
+        return {"loss": loss, "weight": int(broken)}
+
+    state = make_state()
+    step = lk.with_nonfinite("skip", most=2)(function)
+    for batch in make_batches(6):
+        step(state, batch)
+    with pytest.raises(lk.NonFiniteError, match="2 updates in a row"):
+        step(state, batch)
+
+
+def test_a_branch_counts_for_itself_and_none_is_no_limit():
+    """A snapshot begins to count anew; most=None goes on; a wrong limit is told."""
+    state, batch = make_state(), make_batches(1)[0]
+    step = lk.with_nonfinite("skip", most=3)(lambda s, b: classifier(s, b) * float("nan"))
+    for _ in range(2):
+        step(state, batch)
+    branch = state.snapshot()
+    assert not step(branch, batch).applied
+    with pytest.raises(lk.NonFiniteError):
+        step(state, batch)
+    endless = lk.with_nonfinite("skip", most=None)(lambda s, b: classifier(s, b) * float("nan"))
+    assert "most=None" in str(endless)
+    state = make_state()
+    for _ in range(20):
+        assert not endless(state, batch).applied
+    with pytest.raises(lk.UsageError, match="most = 0"):
+        lk.with_nonfinite("skip", most=0)
+
+
+def test_on_a_device_the_count_is_kept_there():
+    """There, count = skipped * (count + 1), in place, and nothing of it is read before its time."""
+    skips, counts = Skips(), []
+    for step, skipped in enumerate((1, 1, 0, 1, 1, 1), 1):
+        skips._count_on_device(step, torch.tensor(float(skipped)))
+        counts.append(skips._on_device.item())
+    assert counts == [1, 2, 0, 1, 2, 3]
+    assert skips.in_a_row == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_device_that_skips_without_end_is_found_without_waiting():
+    """With a fused optimizer on CUDA no update waits, and the error comes within 128 updates."""
+    state = make_state()
+    state.model.cuda()
+    state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
+    step = lk.with_nonfinite("skip", most=10)(lambda s, b: classifier(s, b) * float("nan"))
+    batch = lk.to_device(make_batches(1)[0], state.device)
+    step(state, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(126):
+            step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(lk.NonFiniteError, match="updates in a row"):
+        step(state, batch)

@@ -125,14 +125,14 @@ def test_an_exception_in_the_step_leaves_a_state_to_go_on_from():
 
 def test_a_run_with_nothing_left_to_do_says_so_in_the_log():
     """One line where the state has come to the end already, and none where it trains."""
-    lines = []
+    lines, data = [], numbered(3)
     logger.enable("loopkit")
     sink = logger.add(lines.append, format="{message}", level="INFO")
     try:
         state = tiny_state()
-        lk.run(Seen(), state, numbered(3), max_epochs=2).finish()
+        lk.run(Seen(), state, data, max_epochs=2).finish()
         assert lines == []
-        assert [*lk.run(Seen(), state, numbered(3), max_epochs=2)] == []
+        assert [*lk.run(Seen(), state, data, max_epochs=2)] == []
         assert len(lines) == 1
         assert "step=6, epoch=2" in lines[0]
         assert "no update is left" in lines[0]
@@ -141,3 +141,28 @@ def test_a_run_with_nothing_left_to_do_says_so_in_the_log():
     finally:
         logger.remove(sink)
         logger.disable("loopkit")
+
+
+def test_other_data_with_the_same_epochs_is_warned_of():
+    """Where a run over other data makes no update by its epochs, and training was made before."""
+    state, seen = tiny_state(), Seen()
+    lk.run(seen, state, numbered(3), max_epochs=2).finish()
+    with pytest.warns(UserWarning, match=r"max_epochs=2\) over other data .* max_epochs=3") as told:
+        assert [*lk.run(seen, state, loader(4), max_epochs=2)] == []
+    assert told[0].filename == __file__
+    assert [s.step for s in lk.run(seen, state, loader(4), max_epochs=3)] == [7, 8, 9, 10]
+
+
+def test_a_finished_training_that_is_run_again_is_not_warned_of():
+    """Restored at its end, in two phases or one, over parts with a total of updates: all fine."""
+
+    def train(state):
+        for epochs in (1, 2):  # two phases
+            lk.run(mean_output, state, numbered(3), max_epochs=epochs).finish()
+        for _ in range(3):  # parts of the data
+            lk.run(mean_output, state, numbered(3), max_steps=8).finish()
+        return state
+
+    first, again = train(tiny_state()), tiny_state()
+    again.load_state_dict(first.state_dict())
+    assert train(again).step == first.step == 8

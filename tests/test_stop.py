@@ -152,6 +152,10 @@ WRONG = {
         lambda: lk.EarlyStopping("acuracy")({"accuracy": 1.0, "loss": 0.1}),
         "['accuracy', 'loss']", "'accuracy'",
     ),
+    "a monitor that was a vector": (
+        lambda: lk.EarlyStopping("accuracy")({"loss": 0.1}), "['loss']", "a vector is none",
+    ),
+    "a bare score": (lambda: lk.EarlyStopping("loss")(1.0), "a float as the scores", 'stop({"loss": score})'),
     "no name": (lambda: lk.EarlyStopping(0.5), "float as the monitor", 'EarlyStopping("loss")'),
     "a mode": (lambda: lk.EarlyStopping("loss", mode="low"), "'low'", "'min' or 'max'"),
     "no patience": (lambda: lk.EarlyStopping("loss", patience=0), "patience = 0", "1 or more"),

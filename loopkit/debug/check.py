@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ from loopkit.debug.findings import Finding, look, note, ok, wrong
 from loopkit.debug.fork import fork, loss_of, on_the_side
 from loopkit.debug.samples import check_mixing, classes_of, probe
 from loopkit.device import to_device
+from loopkit.errors import UsageError
 from loopkit.nested import batch_size, leaves_of
 from loopkit.state import TrainState
 from loopkit.step import Step, name_of_function
@@ -104,7 +106,8 @@ def check(
         updates: Updates on the batch, to see the loss fall.
 
     Raises:
-        UsageError: If `updates` or `classes` is below 1, or the state is none.
+        UsageError: If `updates` or `classes` is below 1, the state is none, or a loader is given
+            where one batch is asked for.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -121,6 +124,12 @@ def check(
     at_least_one(call, "updates", updates)
     if classes is not None:
         at_least_one(call, "classes", classes)
+    if isinstance(batch, Iterator) or hasattr(batch, "batch_sampler"):
+        raise UsageError(
+            "lk.debug.check(step, state, batch)",
+            f"a {type(batch).__name__}, which gives batches, as the batch",
+            "one of them: lk.debug.check(step, state, next(iter(loader)))",
+        )
     samples = batch_size(batch)
     with on_the_side(call, state):
         lifted, branch = fork(step, state, training=True)

@@ -124,8 +124,8 @@ def find_lr(
 
     `lr_i = start * (end / start)**(i / (n - 1))`, over the step's own schedule; groups keep the
     ratios of their rates. It ends where the loss is not finite, or four times its lowest. The
-    suggestion is where the smoothed loss falls fastest over log(lr), before its lowest. The
-    state, the random numbers and the order of the data are left as they were.
+    suggestion is where the smoothed loss falls fastest over log(lr), before it has fallen by half
+    and rises again. The state, the random numbers and the order of the data are left as they were.
 
     Args:
         step: What trains.
@@ -200,10 +200,22 @@ def _smooth(losses: list[float], width: float) -> list[float]:
     return [_mean(weights, losses) for weights in near]
 
 
+def _foot(smoothed: list[float], lowest: int) -> int:
+    """Where the great fall ends: it has fallen by half of it all, and rises for the first time.
+
+    What comes after, down to the lowest, may be the leaps of rates that are too large.
+    """
+    half = (smoothed[0] + smoothed[lowest]) / 2
+    for i in range(lowest):
+        if smoothed[i] <= half and smoothed[i + 1] > smoothed[i]:
+            return i
+    return lowest
+
+
 def _curve(lrs: tuple[float, ...], losses: list[float], *, over: bool) -> LrCurve:
     smoothed = _smooth(losses, max(1.0, WIDTH * len(lrs)))
     lowest = smoothed.index(min(smoothed))
-    slopes = [smoothed[i + 1] - smoothed[i - 1] for i in range(1, lowest)]  # log(lr) is even
+    slopes = [smoothed[i + 1] - smoothed[i - 1] for i in range(1, _foot(smoothed, lowest))]
     steepest = min(range(len(slopes)), key=slopes.__getitem__, default=None)
     falls = steepest is not None and slopes[steepest] < 0
     suggestion = lrs[1 + steepest] if steepest is not None and falls else None

@@ -10,11 +10,13 @@ from torch.amp import GradScaler
 
 from loopkit.check import one_of, positive
 from loopkit.compose import Decorator, wrap
+from loopkit.errors import NonFiniteError
 from loopkit.state import TrainState
 from loopkit.types import Backward, Forward, Output, Transform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT_AS = "amp"
+MOST_SKIPS = 100  # in a row: the scale has fallen by 2**100 then
 
 
 # `device.type` makes its text anew each time: among kernels 4 us, where this look-up takes 1
@@ -48,6 +50,24 @@ class ScaleLoss:
 
 
 @attrs.frozen
+class HeldHere:
+    """Stands for an optimizer: torch's scaler takes no DTensors among plain tensors.
+
+    What it finds is made known to all ranks below, so that it need not be by DTensor.
+    """
+
+    param_groups: list[dict[str, list[Tensor]]]
+
+    @classmethod
+    def of(cls, state: TrainState) -> "HeldHere":
+        """The parts of a state's parameters, with their gradients, that this process holds."""
+        parts = state.ranks.local([p.detach() for p in state.parameters_with_grad()])
+        for part, gradient in zip(parts, state.ranks.local(state.gradients()), strict=True):
+            part.grad = gradient
+        return cls([{"params": parts}])
+
+
+@attrs.frozen
 class UnscaleGradients:
     """The scale leaves the gradients; where one overflowed, a vote to skip."""
 
@@ -55,7 +75,8 @@ class UnscaleGradients:
 
     def __call__(self, state: TrainState) -> None:
         """Unscale, vote, then go on."""
-        scaler, optimizer = state.features[KEPT_AS], state.optimizer
+        scaler: Any = state.features[KEPT_AS]
+        optimizer = HeldHere.of(state) if state.ranks.shards_tensors else state.optimizer
         # GradScaler has no public way to forget an update that an exception cut short, nor
         # to tell what it found without waiting for it.
         scaler._per_optimizer_states.clear()  # noqa: SLF001
@@ -72,9 +93,18 @@ class UpdateScale:
     inner: Transform
 
     def __call__(self, state: TrainState) -> None:
-        """Update the scale, then go on."""
+        """Update the scale, then go on; an error where it has fallen for too long."""
         state.features[KEPT_AS].update()
         self.inner(state)
+        if state.applied is not True and state.skips.count(state) >= MOST_SKIPS:
+            raise NonFiniteError(
+                f'with_amp("fp16") at update {state.step}',
+                f"{state.skips.in_a_row} updates in a row skipped, as their gradients were not"
+                f" finite; the loss scale is down to {state.features[KEPT_AS].get_scale():.3g},"
+                f" the loss is {state.loss.item():.4g}",
+                'with_amp("bf16"), which has a wider range; a lower learning rate;'
+                " lk.detect_overflow() on the step says which module it comes from",
+            )
 
 
 def _make_scaler(state: TrainState, init_scale: float) -> GradScaler:
@@ -86,7 +116,8 @@ def with_amp(dtype: str | torch.dtype, *, init_scale: float = 2.0**16) -> Decora
 
     fp16: `backward(loss * scale)`, then gradients / scale before anything reads them
     (clipping included). Where a gradient overflowed the update is skipped, neither
-    schedule nor averages advance, and the scale is halved. bf16 needs none of that.
+    schedule nor averages advance, and the scale is halved; a hundred of those in a row are an
+    error, for no scale will do. bf16 needs none of that.
 
     Args:
         dtype: `"bf16"` or `"fp16"`, or torch's dtypes of those.
@@ -94,6 +125,7 @@ def with_amp(dtype: str | torch.dtype, *, init_scale: float = 2.0**16) -> Decora
 
     Raises:
         UsageError: For another dtype, or a scale that is not above 0.
+        NonFiniteError: With fp16, where a hundred updates in a row were skipped.
 
     Example:
         >>> with_amp("bf16")

@@ -7,11 +7,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.check import one_of
+from loopkit.check import at_least_one, one_of
 from loopkit.compose import Decorator, wrap
 from loopkit.errors import NonFiniteError
 from loopkit.state import RAISE, TrainState
 from loopkit.types import Apply, Recompute, Transform
+
+MOST = 1000
 
 
 @attrs.frozen
@@ -34,6 +36,26 @@ class VoteOnFinite:
         for explained in state.votes:  # an overflow that a loss scale is adapting to
             gradients = gradients & (explained == 0).to(gradients.device)
         state.raise_if(loss.to(gradients.device) | gradients)
+
+
+@attrs.frozen
+class LimitSkips:
+    """An error where too many updates in a row were skipped."""
+
+    inner: Transform
+    most: int
+
+    def __call__(self, state: TrainState) -> None:
+        """Go on, then count."""
+        self.inner(state)
+        if state.applied is not True and state.skips.count(state) >= self.most:
+            raise NonFiniteError(
+                f'with_nonfinite("skip", most={self.most}) at update {state.step}',
+                f"{state.skips.in_a_row} updates in a row skipped: loss {state.loss.item()}, and"
+                f" non-finite gradients in {_culprits(state)}",
+                "data without NaN, or a checkpoint from before; with_nonfinite('raise') stops at"
+                " the first; most=None skips for ever",
+            )
 
 
 def _are_finite(gradients: list[Tensor]) -> Tensor:
@@ -74,28 +96,35 @@ def _culprits(state: TrainState) -> str:
     return f"{len(bad)} parameters ({', '.join([*bad[:3], '...'][: len(bad)])})" if bad else "none"
 
 
-def with_nonfinite(policy: str) -> Decorator:
+def with_nonfinite(policy: str, *, most: int | None = MOST) -> Decorator:
     """Skip updates whose loss or gradients are not finite, or raise an error instead.
 
     A skipped update leaves weights, optimizer, schedule and averages as they were;
-    `state.applied` is false. All ranks skip or raise together. Skipping does not wait
+    `state.applied` is false; a thousand in a row are an error, as nothing is learned any more.
+    All ranks skip or raise together. Skipping does not wait
     for the device where the optimizer takes `found_inf` (`fused=True`); raising must.
     Overflows that fp16's loss scale adapts to are skipped under either policy, and so is an
     update over nothing (a weight of zero), whose loss is no error.
 
     Args:
         policy: `"skip"` or `"raise"`.
+        most: Skipped updates in a row, from any cause but a weight of zero, that are too many to
+            go on; None for no limit. What a device decided is read up to 128 updates later.
 
     Raises:
-        UsageError: For another policy.
-        NonFiniteError: With `"raise"`, before the optimizer's step; names the update.
+        UsageError: For another policy, or a limit below 1.
+        NonFiniteError: With `"raise"`, before the optimizer's step; names the update. With
+            `"skip"` after `most` in a row.
 
     Example:
         >>> with_nonfinite("skip")
         with_nonfinite('skip')
     """
-    name = f"with_nonfinite({policy!r})"
+    name = f"with_nonfinite({policy!r}{'' if most == MOST else f', most={most!r}'})"
     vote = functools.partial(VoteOnFinite, policy=one_of(name, "policy", policy, ("skip", "raise")))
-    if policy == "skip":
+    if policy == "skip" and most is None:
         return wrap(name=name, unscale=vote)
+    if policy == "skip":
+        limit = functools.partial(LimitSkips, most=at_least_one(name, "most", most))
+        return wrap(name=name, unscale=vote, after=limit)
     return wrap(name=name, unscale=vote, apply=RaiseOnVote)

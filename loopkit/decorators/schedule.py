@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from loopkit.check import near
 from loopkit.compose import Decorator, compose, wrap
 from loopkit.counting import Count
 from loopkit.errors import UsageError
@@ -17,6 +18,10 @@ from loopkit.types import Transform
 
 Schedule = Callable[[int], float]
 KEPT_AS = "schedule."
+PHASES = (
+    *("constant", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"),
+    *("warmup", "wsd"),
+)
 PLATEAU = "for ReduceLROnPlateau call scheduler.step(score) in your loop"
 
 
@@ -118,12 +123,22 @@ def _of_key(call: str, key: str, value: Any) -> Decorator:
         raise UsageError(
             call,
             f"{key} = {value!r:.60}",
-            f"{key}: a function of the update count, or one for each group",
+            f"{key}: a function of the update count, or one for each group{_named(value)}",
         )
     make = functools.partial(_make_count, call=call, key=key, schedule=value)
     values = functools.partial(SetValues, key=key, schedule=value)
     counted = functools.partial(CountApplied, key=key)
     return wrap(name=call, init={KEPT_AS + key: make}, before=values, after=counted)
+
+
+def _named(value: object) -> str:
+    """What to write in place of a schedule's name."""
+    if not isinstance(value, str):
+        return ""
+    word = value.removesuffix("_with_warmup").removesuffix("_schedule")
+    return (
+        f", as {near(word, PHASES)}: with_schedule(lr=lk.warmup(100, peak=1e-3) >> lk.cosine(900))"
+    )
 
 
 def _with_torch_scheduler(scheduler: Any) -> Decorator:
@@ -134,7 +149,8 @@ def _with_torch_scheduler(scheduler: Any) -> Decorator:
         raise UsageError(
             call,
             f"a {type(scheduler).__name__}, which is not stepped once for each update",
-            f"an LRScheduler, or a function of the optimizer that makes one; {PLATEAU}",
+            f"an LRScheduler, or a function of the optimizer that makes one; {PLATEAU}"
+            + _named(scheduler),
         )
     make = functools.partial(_make_scheduler, call=call, scheduler=scheduler)
     return wrap(name=call, init={KEPT_AS + "lr": make}, after=StepScheduler)

@@ -1,6 +1,7 @@
 """What shows progress on a terminal, or as lines: one display for all bars of a file."""
 
 import importlib.util
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import attrs
 
 PLAIN_EVERY_S = 10.0
+NARROWEST = 6  # columns of a bar
 
 
 def amount(number: float) -> str:
@@ -43,19 +45,31 @@ class Shown:
         label: What it counts, such as `epoch 3`.
         done: How many.
         total: Of how many, if that is known.
-        text: Loss, speed and the like.
+        parts: Loss, speed and the like, the most important first.
         remaining: Seconds that are left, if known.
     """
 
     label: str
     done: int
     total: int | None = None
-    text: str = ""
+    parts: tuple[str, ...] = ()
     remaining: float | None = None
 
     def eta(self) -> str:
         """The time that is left, in words; nothing if it is not known."""
         return "" if self.remaining is None else f"eta {clock(self.remaining)}"
+
+    def text(self, columns: float = math.inf) -> str:
+        """The parts in one line, without the last ones where it is not wide enough for all.
+
+        Example:
+            >>> Shown("epoch 0", 1, parts=("loss 0.5", "9 it/s")).text(columns=12)
+            'loss 0.5'
+        """
+        fitting = [*self.parts]
+        while len(fitting) > 1 and len(" ".join(fitting)) > columns:
+            fitting.pop()
+        return " ".join(fitting)
 
 
 class Display(Protocol):
@@ -89,7 +103,7 @@ class Lines:
     def show(self, shown: Shown) -> None:
         """Write a line."""
         of = f"/{shown.total}" if shown.total else ""
-        parts = [shown.label, f"step {shown.done}{of}", shown.text, shown.eta()]
+        parts = [shown.label, f"step {shown.done}{of}", shown.text(), shown.eta()]
         self.file.write("  " * self.nested + "  ".join(p for p in parts if p) + "\n")
         self.file.flush()
 
@@ -111,7 +125,7 @@ class Screen:
         self.file, self.bars = file, 0
         self.drawn = Progress(
             cell("{task.description}"),
-            BarColumn(bar_width=None, table_column=Column(min_width=6, ratio=1)),
+            BarColumn(bar_width=None, table_column=Column(min_width=NARROWEST, ratio=1)),
             cell("{task.completed}{task.fields[of]}"),
             cell("{task.fields[text]}", "cyan"),
             cell("{task.fields[eta]}"),
@@ -141,13 +155,16 @@ class Bar:
 
     def show(self, shown: Shown) -> None:
         """Redraw it."""
+        label, of = "  " * self.nested + shown.label, f"/{shown.total}" if shown.total else ""
+        taken = [label, "-" * NARROWEST, f"{shown.done}{of}", shown.eta()]
+        left = self.screen.drawn.console.width - sum(len(cell) + 1 for cell in taken)
         self.screen.drawn.update(
             self._task,
-            description="  " * self.nested + shown.label,
+            description=label,
             total=shown.total,
             completed=shown.done,
-            of=f"/{shown.total}" if shown.total else "",
-            text=shown.text,
+            of=of,
+            text=shown.text(left),
             eta=shown.eta(),
             refresh=True,
         )

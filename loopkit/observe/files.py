@@ -13,23 +13,10 @@ from typing import Any
 
 import attrs
 
-from loopkit.observe.record import Record, Value
+from loopkit.observe.record import Record, Value, spelled
 from loopkit.observe.sink import Opening, Sink
 
 CLOCK = ("step", "epoch", "samples", "time")
-_NOT_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
-
-
-def spelled(value: Value) -> Value:
-    """A number that JSON does not know as the text that `float` reads; the rest as it is.
-
-    Example:
-        >>> spelled(float("nan")), spelled(0.5)
-        ('NaN', 0.5)
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return _NOT_FINITE.get(value, "NaN")
-    return value
 
 
 def _row(record: Record) -> dict[str, Value]:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -59,7 +59,7 @@ class Frame:
         if self.rates[0]:
             parts += [f"{amount(self.rates[0])} it/s", f"{amount(self.rates[1])} samples/s"]
             remaining = (total - self.step) / self.rates[0] if total else None
-        return Shown(f"epoch {self.epoch}", self.step, total, " ".join(parts), remaining)
+        return Shown(f"epoch {self.epoch}", self.step, total, tuple(parts), remaining)
 
 
 def progress(
@@ -71,9 +71,9 @@ def progress(
 ) -> Adapted:
     """Show how far a run is: epoch, step, loss, learning rate, speed, and the time that is left.
 
-    A bar on a terminal (with rich installed), else a line every ten seconds. Numbers are
-    copied from the device in the background, and shown when they have arrived. One rank
-    shows it.
+    A bar on a terminal (with rich installed; a narrow one shows less), else a line every ten
+    seconds. Numbers are copied from the device in the background, and shown when they have
+    arrived. One rank shows it.
 
     Args:
         updates: A run, or any iterator of states.
@@ -115,13 +115,14 @@ def _display(file: Any, every_s: float, *, nested: bool = False) -> Display:
 def _shown(
     updates: Iterable[TrainState], names: tuple[str, ...], file: Any, every_s: float, total: Any
 ) -> Generator[TrainState]:
-    rates, last = Rates(), -1
+    rates, last, epoch = Rates(), -1, 0
     state: TrainState | None = None
     frame: Frame | None = None
     with contextlib.closing(_display(file, every_s)) as display:
         pace = Pace(display.every_s)
         try:
             for state in updates:
+                epoch = state.epoch  # at the end of the run it is one more
                 if frame is None and pace.is_due():
                     frame = _frame(state, rates, names)
                 if frame is not None and frame.values.ready():
@@ -130,26 +131,39 @@ def _shown(
                 yield state
         finally:
             if state is not None and last != state.step:
-                display.show(_frame(state, rates, names).shown(total))
+                frame = attrs.evolve(_frame(state, rates, names), epoch=epoch)
+                display.show(frame.shown(total))
 
 
 def _frame(state: TrainState, rates: Rates, names: tuple[str, ...]) -> Frame:
-    values: dict[str, Any] = {"loss": state.loss}
+    values = {"loss": state.loss, **{name: _metric(state, name) for name in names}}
     if state.lr is not None:
-        values["lr"] = state.lr
-    values |= {name: _metric(state.metrics, name) for name in names}
+        values.setdefault("lr", state.lr)
     speed = rates.of(state, time.monotonic())
     return Frame(state.epoch, state.step, speed, fetch("progress(run)", values))
 
 
-def _metric(metrics: Mapping[str, Any], name: str) -> Any:
+def _metric(state: TrainState, name: str) -> Any:
+    metrics = state.metrics
     if name in metrics:
         return metrics[name]
+    call, found = f"progress(run, show=[{name!r}])", f"state.metrics without it: {sorted(metrics)}"
+    if state.output is not None and name in state.output:
+        raise UsageError(
+            call,
+            f"{found}; in the step function's mapping it is {_described(state.output[name])}",
+            f"{name!r} as a number there, or a 0-d tensor, such as {name}.mean()",
+        )
     raise UsageError(
-        f"progress(run, show=[{name!r}])",
-        f"state.metrics without it: {sorted(metrics)}",
-        f"{near(name, metrics)}, or {name!r} as a 0-d tensor in the step function's mapping",
+        call,
+        found,
+        f"{near(name, metrics)}, or {name!r} as a number in the step function's mapping",
     )
+
+
+def _described(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 class Counted:
@@ -220,5 +234,5 @@ def _counted(data: Iterable[Any], label: str, every_s: float, file: Any) -> Gene
                 if pace.is_due():
                     rate = done / max(time.monotonic() - started, 1e-9)
                     remaining = (total - done) / rate if total else None
-                    display.show(Shown(label, done, total, f"{amount(rate)} it/s", remaining))
+                    display.show(Shown(label, done, total, (f"{amount(rate)} it/s",), remaining))
                 yield batch

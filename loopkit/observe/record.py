@@ -1,6 +1,7 @@
 """One line of a log, and what may be written into it."""
 
 import dataclasses
+import math
 import os
 import re
 from argparse import Namespace
@@ -13,6 +14,7 @@ import attrs
 Value = bool | int | float | str
 
 REDACTED = "[redacted]"
+_NOT_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 # Words of a name behind which text is kept out, whatever it looks like; behind the second, numbers.
 _SECRET_TEXT = {"token", "tokens", "key", "keys", "apikey", "auth", "authorization", "bearer"}
@@ -77,6 +79,18 @@ def escaped(text: str) -> str:
 
 def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def spelled(value: Value) -> Value:
+    """A number that JSON does not know as the text that `float` reads; the rest as it is.
+
+    Example:
+        >>> spelled(float("nan")), spelled(0.5)
+        ('NaN', 0.5)
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NOT_FINITE.get(value, "NaN")
+    return value
 
 
 def redacted(name: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from loopkit.observe.record import Record, Value
+from loopkit.observe.record import Record, Value, spelled
 
 
 @attrs.frozen
@@ -34,7 +34,8 @@ class Opening:
         """Make the folder, with the settings in it, unless it is there."""
         self.dir.mkdir(parents=True, exist_ok=True)
         if self.config:
-            (self.dir / "config.json").write_text(json.dumps(self.config))
+            settings = {name: spelled(value) for name, value in self.config.items()}
+            (self.dir / "config.json").write_text(json.dumps(settings, allow_nan=False))
 
 
 class Sink:

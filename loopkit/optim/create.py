@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -141,7 +142,15 @@ def _class(call: str, name: str) -> Any:
     if name in EXTRAS:
         package, module, made = EXTRAS[name]
         return getattr(extra(module, package=package, wrote=call), made)
-    raise UsageError(call, f"optimizer {name!r:.40}", near(str(name), [*TORCH, *EXTRAS]))
+    raise UsageError(call, f"optimizer {name!r:.40}", _instead(str(name)))
+
+
+def _instead(name: str) -> str:
+    """The name that is near; for one of Hugging Face's `optim`, the same optimizer here."""
+    word = re.sub("^paged_|_32bit|_torch|_bnb|_hf|_fused", "", name.lower())
+    if word != name.lower() and word in {*TORCH, *EXTRAS}:
+        return f"{word!r}" + ", fused=True" * name.endswith("_fused")
+    return near(name, [*TORCH, *EXTRAS])
 
 
 def _check_known(call: str, name: str, settings: Iterable[str], known: set[str]) -> None:

@@ -53,6 +53,9 @@ WRONG = {
         lambda t: lk.Checkpointer(t, monitor="acc").save(make_state(), {"accuracy": 1, "loss": 2}),
         U, "['accuracy', 'loss']",
     ),
+    "a bare score": (
+        lambda t: lk.Checkpointer(t, monitor="acc").save(make_state(), 0.5), U, '{"acc": score}',
+    ),
     "a score that is no number": (
         lambda t: lk.Checkpointer(t).save(make_state(), {"confusion": torch.ones(2, 2)}),
         U, "confusion",

@@ -206,10 +206,15 @@ def test_the_text_is_a_line_or_more_for_each_check():
 
 
 def test_a_wrong_use_is_an_error_that_teaches():
-    """Counts below one, and no state."""
+    """Counts below one, no state, and a loader where one batch is asked for."""
     with pytest.raises(lk.UsageError, match="updates = 0"):
         check(state_of(), updates=0)
     with pytest.raises(lk.UsageError, match="classes = 0"):
         check(state_of(), classes=0)
     with pytest.raises(lk.UsageError, match="a Net as the state"):
         lk.debug.check(classifier, state_of().model, batch_of())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS, LABELS), 16)
+    for batches in (loader, iter(loader), lk.bar(loader, "train"), (b for b in loader)):
+        with pytest.raises(lk.UsageError, match="which gives batches") as caught:
+            lk.debug.check(classifier, state_of(), batches)
+        assert "next(iter(loader))" in caught.value.instead

@@ -8,6 +8,7 @@ import loopkit as lk
 import numpy as np
 import pytest
 import torch
+from loopkit.debug.rates import _curve
 from torch import nn
 
 from problems import classifier, make_batches, make_state
@@ -166,3 +167,15 @@ def test_an_iterator_is_refused():
     """It would lose what the test reads."""
     with pytest.raises(lk.DataError, match="lose the batches"):
         lk.find_lr(classifier, make_state(), iter(make_batches()))
+
+
+def test_leaps_of_rates_that_are_too_large_are_not_the_fall():
+    """A steeper fall after the loss has risen again, near the end, is not what is suggested."""
+    state, batches = make_state(), make_batches(200, 32)
+    data = [(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()) for x, _ in batches]
+    assert 1e-3 < lk.find_lr(classifier, state, data).suggestion < 0.2  # AdamW; it said 0.6
+    lrs = tuple(10 ** (-5 + i / 20) for i in range(100))
+    fall = [1 - 0.6 / (1 + math.exp(-(i - 40) / 4)) for i in range(100)]  # fastest at 40
+    leap = [0.1 * math.sin((i - 70) / 3) * (i > 70) - 0.3 * (i > 78) for i in range(100)]
+    losses = [a + b for a, b in zip(fall, leap, strict=True)]
+    assert _curve(lrs, losses, over=False).suggestion == pytest.approx(lrs[40], rel=0.3)

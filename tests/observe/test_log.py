@@ -14,7 +14,7 @@ import attrs
 import loopkit as lk
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from loopkit.observe.delivery import MOST_WAITING
@@ -384,20 +384,24 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path):
 HOSTILE = st.text(st.characters(codec=None), min_size=1, max_size=20)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.dictionaries(HOSTILE.filter(lambda n: n != "state"), HOSTILE | st.floats(), max_size=4))
+@settings(max_examples=1000, deadline=None)
+@example({"state": "a\nb", "self": "\u2028", "\r\n": "\x00", "\x85": float("nan")})
+@given(st.dictionaries(HOSTILE, HOSTILE | st.floats(), max_size=4))
 def test_each_record_stays_one_line_whatever_it_is_called(tmp_path_factory, values):
-    """Newlines and escapes in names and text: one line of JSON, one row, one line shown."""
+    """Newlines and escapes in names, text and settings: one line of JSON, one row, one shown."""
     folder = tmp_path_factory.mktemp("log")
-    shown = []
-    console = lk.Console()
-    with lk.Log(folder, "jsonl", "csv", lambda record: shown.append(console.line(record))) as log:
+    shown, console = [], lk.Console()
+    show = lambda record: shown.append(console.line(record))  # noqa: E731
+    with lk.Log(folder, "jsonl", "csv", show, config=values) as log:
         log(make_state(), **{"loss": 1.0, **values})
     (line,) = (folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 0
+    assert json.loads(line, parse_constant=pytest.fail)["step"] == 0
     text = (folder / "metrics.csv").read_text(encoding="utf-8")
     assert len(text.splitlines()) == 2
     assert shown[0].isprintable()
+    if values:
+        (settings,) = (folder / "config.json").read_text().splitlines()
+        assert isinstance(json.loads(settings, parse_constant=pytest.fail), dict)
 
 
 def test_secrets_and_environments_are_nowhere_in_the_folder(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_into_a_pipe_it_writes_plain_lines():
     lines = done.stderr.splitlines()
     assert re.match(r"epoch 0  step 1/30  loss -?[\d.]+ lr 0.1$", lines[0])
     assert re.match(
-        r"epoch \d  step 30/30  loss -?[\d.]+ lr 0.1 [\d.]+ it/s [\d.]+ samples/s  eta 0:00:00$",
+        r"epoch 2  step 30/30  loss -?[\d.]+ lr 0.1 [\d.]+ it/s [\d.]+ samples/s  eta 0:00:00$",
         lines[-1],
     )
     assert "\x1b" not in done.stderr
@@ -89,9 +89,36 @@ def test_on_a_terminal_of_80_columns_it_redraws_one_line():
     assert all(len(screen) <= 1 and all(len(line) <= 80 for line in screen) for screen in shown)
     (last,) = shown[-1]
     assert re.fullmatch(
-        r"epoch \d ━+ 30/30 loss -?[\d.]+ lr 0.1 [\d.]+ it/s [\d.]+ samples/s eta 0:00:00", last
+        r"epoch 2 ━+ 30/30 loss -?[\d.]+ lr 0.1 [\d.]+ it/s [\d.]+ samples/s eta 0:00:00", last
     )
     assert len({tuple(screen) for screen in shown}) > 2
+
+
+MORE = SCRIPT.replace("lambda s, x: s.model(x).mean()", "step").replace("=3)", "=3), show=SHOW")
+STEP = """
+    def step(state, x):
+        loss = state.model(x).mean()
+        return {"loss": loss * 0 + 0.25, "accuracy": 0.125, "temperature": 0.5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("show", "columns", "kept"),
+    [
+        (["accuracy", "temperature"], 80, "loss 0.25 accuracy 0.125 temperature 0.5"),
+        (["accuracy"], 60, "loss 0.25 accuracy 0.125"),
+        ([], 60, "loss 0.25 lr 0.1"),
+        ([], 45, "loss 0.25"),
+    ],
+)
+def test_where_there_is_no_room_the_last_numbers_give_way(show, columns, kept):
+    """Epoch, bar, count and time left stay whole on a narrow terminal; speeds go first."""
+    shown = on_a_terminal(textwrap.dedent(STEP) + MORE.replace("SHOW", repr(show)), columns=columns)
+    (last,) = shown[-1]
+    assert len(last) <= columns
+    assert re.fullmatch(rf"epoch 2 ━{{6,}} 30/30 {kept}(.*) eta 0:00:00", last), last
+    assert "…" not in last
+    assert "samples/s" not in last
 
 
 EVALUATED = """
@@ -158,20 +185,24 @@ def test_a_bar_is_its_data_for_everyone_else():
 
 
 def test_more_metrics_are_shown_by_name():
-    """A 0-d tensor of the step's mapping; for a name that is not there, those that are."""
+    """A number of the step's mapping; for a name that is not there, those that are."""
 
     def step(state, batch):
-        return {"loss": classifier(state, batch), "accuracy": torch.tensor(0.25)}
+        numbers = {"accuracy": torch.tensor(0.25), "temperature": 0.75, "each": torch.ones(3)}
+        return {"loss": classifier(state, batch), **numbers}
 
     def run():
         return lk.run(step, make_state(), make_batches(), max_epochs=1)
 
     file = io.StringIO()
-    list(lk.progress(run(), show=["accuracy"], file=file))
-    assert "accuracy 0.25" in file.getvalue()
+    list(lk.progress(run(), show=["accuracy", "temperature"], file=file))
+    assert "accuracy 0.25 temperature 0.75" in file.getvalue()
     with pytest.raises(lk.UsageError, match="'accuracy'") as caught:
         list(lk.progress(run(), show=["acuracy"], file=file))
     assert "'accuracy', 'loss', 'lr'" in caught.value.found
+    with pytest.raises(lk.UsageError, match=r"a Tensor of shape \(3,\)") as caught:
+        list(lk.progress(run(), show=["each"], file=file))
+    assert "each.mean()" in caught.value.instead
 
 
 def test_the_time_that_is_left_leaves_the_first_update_out(monkeypatch):

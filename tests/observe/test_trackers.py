@@ -4,11 +4,16 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
+import time
 import warnings
 
 import loopkit as lk
 import pytest
 import torch
+from loopkit.observe.record import spelled
+from synced import tracker
 
 from problems import classifier, make_batches, make_state
 
@@ -18,6 +23,12 @@ def train_and_log(log, *, updates=6, state=None):
     for state in log.wrap(lk.run(classifier, state, make_batches(), max_steps=updates), every=2):
         if state.step == updates:
             log(state, **{"val/accuracy": 0.75, "note": "first\nsecond"})
+    return state
+
+
+def at_step(step):
+    state = make_state()
+    state.step = step
     return state
 
 
@@ -96,6 +107,17 @@ def wandb_records(file):
             record = b""
 
 
+def complete(file):
+    """Its records, once the client's own process has written the last, soon after `finish`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = [*wandb_records(file)]
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} has no end")
+
+
 @pytest.fixture
 def wandb_offline(tmp_path, monkeypatch):
     for name in ("CONFIG", "CACHE", "DATA"):
@@ -113,7 +135,7 @@ def test_an_offline_run_of_wandb_holds_what_was_logged(wandb_offline):
     with lk.Log(wandb_offline, sink, config={"lr": 0.1, "api_key": "s3cr3t"}) as log:
         train_and_log(log)
     (file,) = wandb_offline.glob("wandb/offline-run-*/run-*.wandb")
-    records = [*wandb_records(file)]
+    records = complete(file)
     rows = [
         {
             item.key or "/".join(item.nested_key): json.loads(item.value_json)
@@ -133,6 +155,35 @@ def test_an_offline_run_of_wandb_holds_what_was_logged(wandb_offline):
     for path in wandb_offline.rglob("*"):
         if path.is_file():
             assert b"s3cr3t" not in path.read_bytes(), path
+
+
+@quiet
+def test_wandbs_own_reader_reads_the_offline_run(wandb_offline, monkeypatch):
+    """What `wandb sync` reads out of it and sends to a server is what was logged, bit for bit."""
+    with lk.Log(
+        wandb_offline, lk.WandB("digits", mode="offline"), "jsonl", config={"lr": 0.1}
+    ) as log:
+        train_and_log(log)
+        log(at_step(7), bad=float("nan"), large=float("inf"))
+    monkeypatch.setenv("WANDB_API_KEY", "a1b2c3d4e5" * 4)
+    (folder,) = wandb_offline.glob("wandb/offline-run-*")
+    complete(*folder.glob("run-*.wandb"))
+    with tracker() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+        done = subprocess.run(  # it leaves a log where it runs
+            command, capture_output=True, text=True, timeout=120, check=False, cwd=wandb_offline
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (wandb_offline / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    sent = {row["_step"]: row for row in server.rows}
+    assert [*sent] == [2, 4, 6, 7]
+    for row in logged:
+        names = row.keys() - {"step", "time"}
+        assert {n: spelled(sent[row["step"]][n]) for n in names} == {n: row[n] for n in names}
+    assert server.config["lr"] == 0.1
+    assert b"env-s3cr3t" not in server.sent
 
 
 @quiet

@@ -278,6 +278,17 @@ WRONG = {
         "'AdamW'",
         "'adamw'; known are adadelta, adafactor",
     ),
+    "a name of Hugging Face's": (lambda: create("adamw_torch"), "'adamw_torch'", "'adamw'"),
+    "a fused one of theirs": (
+        lambda: create("adamw_torch_fused"),
+        "'adamw_torch_fused'",
+        "'adamw', fused=True",
+    ),
+    "an 8-bit one of theirs": (
+        lambda: create("paged_adamw_8bit"),
+        "'paged_adamw_8bit'",
+        "'adamw_8bit'",
+    ),
     "a name of nothing": (lambda: create("xyz"), "'xyz'", "one of adadelta, adafactor"),
     "a name that is no name": (lambda: create(torch.optim.SGD), "torch.optim", "adamw"),
     "a setting with a typo": (

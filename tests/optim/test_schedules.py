@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loopkit import CompositionError, UsageError
+from loopkit.decorators.schedule import PHASES
 from loopkit.optim.schedule import Schedule
 from torch import nn
 from torch.optim import SGD, lr_scheduler
@@ -347,3 +348,13 @@ def test_what_is_a_schedule():
     """Phases and chains are both schedules."""
     assert isinstance(lk.constant(value=1.0), Schedule)
     assert isinstance(lk.warmup(1) >> lk.linear(2), Schedule)
+
+
+def test_a_name_that_is_near_is_proposed():
+    """Each phase is proposed for its name, and of loopkit whatever is near a slip of the pen."""
+    modules = {name: getattr(getattr(lk, name), "__module__", "") for name in lk.__all__}
+    assert {n for n, module in modules.items() if module.endswith("phases")} == {*PHASES}
+    for name, near in {"cosin": "cosine", "with_gradaccum": "with_grad_accum"}.items():
+        with pytest.raises(AttributeError, match=f"no attribute {name!r}; did you mean {near!r}"):
+            getattr(lk, name)
+    assert not hasattr(lk, "zzz")
