@@ -26,7 +26,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from report import quartiles, show, table
+
 ROUNDS = 7
+HEAD = "| GB | | seconds | quartiles | over torch.save | over the bare copy |"
+TEXT = """
+# How long the loop stands still for a save
+
+A model of linear layers with AdamW, by size of its tensors. Wall time, medians of seven rounds in
+turns. `save, in the background` is the time for which the loop stands still; the bare
+copy of the state into memory is what it takes at least.
+"""
 
 
 def make(gigabytes: float) -> lk.TrainState:
@@ -55,15 +65,15 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def show(name: str, times: list[float], bases: list[float]) -> None:
-    """A line: median, quartiles, and the ratios to the bases."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    ratios = "".join(f"{middle / base:8.2f}" for base in bases)
-    print(f"  {name:<34} {middle:7.3f} s ({low:.3f} to {high:.3f}){ratios}")
+def row(size: int, name: str, times: list[float], bases: list[float]) -> str:
+    """A row: median, quartiles, and the ratios to the bases."""
+    low, middle, high = quartiles(times)
+    ratios = " | ".join(f"{middle / base:.2f}" for base in bases)
+    return f"| {size / 1e9:.2f} | {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {ratios} |"
 
 
-def measure(gigabytes: float, folder: Path, rounds: int) -> None:
-    """One size."""
+def measure(gigabytes: float, folder: Path, rounds: int) -> list[str]:
+    """One size, as rows of a table."""
     state, plain = make(gigabytes), folder / "plain.pt"
     tensors = tensors_of(state)
     size = sum(tensor.nbytes for tensor in tensors)
@@ -92,7 +102,6 @@ def measure(gigabytes: float, folder: Path, rounds: int) -> None:
         for source, target in zip(tensors, copies, strict=True):
             target.copy_(source)
 
-    print(f"{size / 1e9:.2f} GB of tensors; ratios to torch.save, and to the bare copy")
     first = seconds(lambda: save(background))
     background.wait(), save(waiting)
     times: dict[str, list[float]] = {}
@@ -102,20 +111,22 @@ def measure(gigabytes: float, folder: Path, rounds: int) -> None:
             "torch.save and fsync": lambda: save_plainly(durable=True),
             "bare copy": copy,
             "save, in the background": lambda: save(background),
-            "  and until it is on disk": background.wait,
+            "and until it is on disk": background.wait,
             "save, waiting for the disk": lambda: save(waiting),
             "DCP async_save": save_by_dcp,
-            "  and until it is written": lambda: futures.pop().result(),
+            "and until it is written": lambda: futures.pop().result(),
         }.items():
             times.setdefault(name, []).append(seconds(function))
     bases = [statistics.median(times[name]) for name in ("torch.save", "bare copy")]
-    for name, found in times.items():
-        show(name, found, bases)
-    print(f"  first save, in the background      {first:7.3f} s")
+    rows = [row(size, name, found, bases) for name, found in times.items()]
     path = background.latest.path
     written = sum(file.stat().st_size for file in path.iterdir())
-    print(f"  bytes on disk / bytes of tensors   {written / size:7.4f}")
     background.close(), waiting.close()
+    return [
+        *rows,
+        f"| {size / 1e9:.2f} | first save, in the background | {first:.3f} | | | |",
+        f"| {size / 1e9:.2f} | bytes on disk / bytes of tensors | {written / size:.4f} | | | |",
+    ]
 
 
 def main() -> None:
@@ -123,15 +134,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--write", action="store_true", help="to benchmarks/results")
     args = parser.parse_args()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    rows = []
     for gigabytes in args.gigabytes:
         folder = Path(tempfile.mkdtemp())
         try:
-            measure(gigabytes, folder, args.rounds)
+            rows += measure(gigabytes, folder, args.rounds)
         finally:
             shutil.rmtree(folder)
     dist.destroy_process_group()
+    show("checkpoint", TEXT, table(HEAD, *rows), write=args.write)
 
 
 if __name__ == "__main__":

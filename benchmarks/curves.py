@@ -2,11 +2,12 @@
 
     python benchmarks/curves.py
 
-Prints what an update takes over the hand-written one, in microseconds of CPU time (medians of
-paired rounds, one thread); and for loading, wall time of a loop whose loader and step both wait
-for 5 ms, in turns and in the background.
+What an update takes over the hand-written one, in microseconds of CPU time (medians of
+paired rounds, one thread) with their quartiles, and a line through the medians; and for loading,
+wall time of a loop whose loader and step both wait for 5 ms, in turns and in the background.
 """
 
+import argparse
 import itertools
 import statistics
 import time
@@ -19,7 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROUNDS, UPDATES = 15, 30
+from report import quartiles, show, table
+
+ROUNDS, UPDATES = 120, 20
+CURVES = {
+    "decorators": [0, 1, 2, 4, 8, 16],
+    "parameters": [2, 8, 32, 128],
+    "nesting": [0, 1, 2, 4, 8],
+}
+HEAD = "| | | by hand, us | over it, us | quartiles |"
+LOADING = "| | in turns, ms | in the background, ms | step alone, ms | ratio to it | quartiles |"
+TEXT = """
+# How the cost of an update grows
+
+What an update takes over the hand-written one: with decorators that do nothing, with the number of
+parameters (small linear layers, SGD), with the levels of mappings round a batch. CPU time, one
+thread; medians of pairs. Goal: linear with a small slope.
+
+Loading: wall time for each batch, of a loader and a step that both wait for 5 ms. Goal: within 5 %
+of the longer of the two. The first batch cannot be loaded while a step runs: a loop of n batches
+takes (n + 1) / n at best.
+"""
 
 
 @attrs.frozen
@@ -75,8 +96,8 @@ def cpu_us(updates: Iterator[Any]) -> float:
     return (time.process_time() - start) / UPDATES * 1e6
 
 
-def extra_us(layers: int = 2, depth: int = 0, decorators: int = 0) -> float:
-    """What an update takes over the hand-written one."""
+def pairs_us(layers: int = 2, depth: int = 0, decorators: int = 0) -> list[tuple[float, float]]:
+    """What an update takes by hand, and with loopkit."""
     batch: Any = torch.randn(8, 8)
     for _ in range(depth):
         batch = {"x": batch}
@@ -84,14 +105,22 @@ def extra_us(layers: int = 2, depth: int = 0, decorators: int = 0) -> float:
     found = []
     for i in range(ROUNDS + 1):
         order = pair if i % 2 else pair[::-1]
-        times = [cpu_us(updates) for updates in order]
-        found.append((times[1] - times[0]) * (1 if i % 2 else -1))
-    return statistics.median(found[1:])
+        times = tuple(cpu_us(updates) for updates in order)
+        found.append(times if i % 2 else times[::-1])
+    return found[1:]
 
 
-def curve(name: str, values: list[int], cost: Callable[[int], float]) -> None:
-    """Print one curve."""
-    print(f"{name:<12}" + "".join(f"{v:>5}: {cost(v):+6.1f} us" for v in values))
+def curve(name: str, values: list[int], cost: Callable[[int], list[Any]]) -> list[str]:
+    """The rows of one curve."""
+    rows, medians = [], []
+    for value in values:
+        pairs = cost(value)
+        low, extra, high = quartiles([ours - hand for hand, ours in pairs])
+        base = statistics.median(hand for hand, _ in pairs)
+        rows.append(f"| {name} | {value} | {base:.0f} | {extra:+.1f} | {low:+.1f} to {high:+.1f} |")
+        medians.append(extra)
+    slope, start = statistics.linear_regression(values, medians)
+    return [*rows, f"| | line | | {start:+.1f} {slope:+.2f} n | |"]
 
 
 def wall_ms(data: Any, count: int, step_s: float) -> float:
@@ -109,8 +138,8 @@ def load(wait_s: float, count: int) -> Iterator[int]:
         yield i
 
 
-def loading(wait_s: float = 0.005, count: int = 40) -> None:
-    """Print what loading in the background saves: medians of loops in turns."""
+def loading(count: int, wait_s: float = 0.005) -> str:
+    """What loading in the background saves, as a row: medians of loops in turns."""
     rounds = [
         (
             wall_ms(load(wait_s, count), count, wait_s),
@@ -120,20 +149,27 @@ def loading(wait_s: float = 0.005, count: int = 40) -> None:
         for _ in range(9)
     ]
     in_turns, behind, alone = map(statistics.median, zip(*rounds, strict=True))
-    ratio = statistics.median(b / a for _, b, a in rounds)
-    print(
-        f"loading 5 ms, step 5 ms: {in_turns:.2f} ms in turns, {behind:.2f} ms in the background;"
-        f" the longer of the two alone {alone:.2f} ms; ratio to that {ratio:.3f}"
+    low, ratio, high = quartiles([b / a for _, b, a in rounds])
+    return (
+        f"| {count} batches | {in_turns:.2f} | {behind:.2f} | {alone:.2f} | {ratio:.3f}"
+        f" | {low:.3f} to {high:.3f} |"
     )
 
 
 def main() -> None:
-    """Print all curves."""
+    """Show all curves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="to benchmarks/results")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    curve("decorators", [0, 1, 2, 4, 8, 16], lambda n: extra_us(decorators=n))
-    curve("parameters", [2, 8, 32, 128], lambda n: extra_us(layers=n // 2))
-    curve("nesting", [0, 1, 2, 4, 8], lambda n: extra_us(depth=n))
-    loading()
+    costs = {
+        "decorators": lambda n: pairs_us(decorators=n),
+        "parameters": lambda n: pairs_us(layers=n // 2),
+        "nesting": lambda n: pairs_us(depth=n),
+    }
+    rows = [row for name, cost in costs.items() for row in curve(name, CURVES[name], cost)]
+    loops = table(LOADING, *(loading(count) for count in (40, 200)))
+    show("curves", TEXT, [*table(HEAD, *rows), "", *loops], write=args.write)
 
 
 if __name__ == "__main__":

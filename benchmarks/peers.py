@@ -3,24 +3,28 @@
     python benchmarks/peers.py                       # all; table and figure in benchmarks/results
     python benchmarks/peers.py --only loopkit Ignite --tasks mlp --add
 
-Each peer trains in a process of its own, on batches that one iterable gives it. Between rounds of
+Each peer trains in processes of its own, on batches that one iterable gives it. Between rounds of
 its updates that iterable runs as many updates of the loop written by hand, so that both
 meet the same load, and what is compared is pairs of CPU times (one thread). Both end
 in bitwise equal weights, which is checked. Every peer runs as quietly as it can: no
 logger, no progress bar, no checkpoints; what it has no setting for (gradient clipping in Ignite,
 say) is written into its step as its manual shows. Single times mean nothing on a shared
 machine; the load is in the table.
+
+Rounds last about 15 ms and there are hundreds: the same kernels on the same data take up to a third
+longer for milliseconds at a time (no page fault, no switch of context is seen at it; a convolution
+and a GPT suffer most), so long rounds spread widely, and a median of many short ones
+does not. Two processes differ by more than that median's error, so each peer has several, in
+turns with the others, and the table shows how far apart their medians are.
 """
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import inspect
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -37,9 +41,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-RESULTS = Path(__file__).parent / "results"
+from report import RESULTS, about
+
 WINDOW = 4
-ROUNDS = {"mlp": (24, 80), "conv": (16, 24), "gpt": (12, 12)}  # rounds, micro-batches in each
+ROUNDS = {"mlp": (80, 40), "conv": (100, 8), "gpt": (80, 4)}  # rounds, micro-batches in each
+PROCESSES = 3
 Batch = tuple[Tensor, Tensor]
 
 
@@ -482,20 +488,10 @@ def one(peer: str, task: str, mode: str, scale: float) -> dict[str, Any]:
     with contextlib.redirect_stdout(sys.stderr):
         train(model, optimizer, data, mode == "full")
     data.finish()
-    ratios = sorted(peer_s / hand_s for hand_s, peer_s in data.pairs)
-    updates = size / (WINDOW if mode == "full" else 1)
     above = [name for name in FRAMES if f"{os.sep}{package}{os.sep}" in name]
     equal = all(map(torch.equal, data.model.parameters(), model.parameters()))
     return {
-        "peer": peer,
-        "task": task,
-        "mode": mode,
-        "ratio": statistics.median(ratios),
-        "low": ratios[len(ratios) // 4],
-        "high": ratios[-len(ratios) // 4],
-        "hand_us": statistics.median(h for h, _ in data.pairs) / updates * 1e6,
-        "extra_us": statistics.median(p - h for h, p in data.pairs) / updates * 1e6,
-        "extra_us_micro": statistics.median(p - h for h, p in data.pairs) / size * 1e6,
+        "pairs": [[round(1e6 * hand), round(1e6 * theirs)] for hand, theirs in data.pairs],
         "equal": equal,
         "frames": 0 if package == "torch" else len(above),
         "import_s": imported if package != "torch" else 0.0,
@@ -504,53 +500,67 @@ def one(peer: str, task: str, mode: str, scale: float) -> dict[str, Any]:
     }
 
 
+def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the results: for each peer, task and mode all processes together."""
+    cells = {
+        (peer, task, mode): [f for f in found if cell_of(f) == (peer, task, mode)]
+        for task, mode, peer in itertools.product(TASKS, MODES, PEERS)
+    }
+    return [summed_up(*cell, processes) for cell, processes in cells.items() if processes]
+
+
+def cell_of(found: dict[str, Any]) -> tuple[str, str, str]:
+    """What one process has measured."""
+    return found["peer"], found["task"], found["mode"]
+
+
+def summed_up(peer: str, task: str, mode: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the results: the pairs of all processes together."""
+    size = ROUNDS[task][1]
+    updates = size / (WINDOW if mode == "full" else 1)
+    pairs = [pair for one_process in found for pair in one_process["pairs"]]
+    low, ratio, high = statistics.quantiles((p / h for h, p in pairs), n=4)
+    medians = [statistics.median(p / h for h, p in f["pairs"]) for f in found]
+    extra_us = statistics.median(p - h for h, p in pairs)
+    return {
+        "peer": peer,
+        "task": task,
+        "mode": mode,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "medians": sorted(medians),
+        "hand_us": statistics.median(h for h, _ in pairs) / updates,
+        "extra_us": extra_us / updates,
+        "extra_us_micro": extra_us / size,
+        "equal": all(f["equal"] for f in found),
+        "frames": found[0]["frames"],
+        "import_s": statistics.median(f["import_s"] for f in found),
+        "peak_mib": statistics.median(f["peak_mib"] for f in found),
+        "load": max(f["load"] for f in found),
+    }
+
+
 def measured(peer: str, task: str, mode: str, scale: float) -> dict[str, Any] | None:
-    """The same, from a process of its own; None where the peer is not there or fails."""
+    """What `one` finds, in a process of its own; None where the peer is not there or fails."""
     line = [sys.executable, __file__, "--one", peer, task, mode, "--scale", str(scale)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{peer} {task} {mode}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def about() -> str:
-    """Hardware, versions, commit."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    versions = []
-    for name in ("torch", "pytorch-ignite", "lightning", "skorch", "accelerate", "torchtnt"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{name} {version(name)}")
-    with contextlib.suppress(PackageNotFoundError):
-        versions.append(f"transformers {version('transformers')}")
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), ""
-    )
-    return (
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit}, one thread of"
-        f" {os.cpu_count()} cores ({model or platform.machine()}), Python"
-        f" {platform.python_version()}; {', '.join(versions)}."
-    )
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
+PACKAGES = (
+    "pytorch-ignite", "lightning", "skorch", "accelerate", "torchtnt", "transformers",
+)  # fmt: skip
 MADE = (
-    "Made by `python benchmarks/peers.py`, which says how. CPU time; ratios are medians of pairs,"
-    " with their quartiles. An update of `full` is four micro-batches."
+    "Made by `python benchmarks/peers.py`, which says how. CPU time, one thread; ratios are medians"
+    " of pairs, with their quartiles, and the medians of the processes of one peer. An update of"
+    " `full` is four micro-batches."
 )
 HEAD = (
-    "| | over by hand | quartiles | us for each update | us for each micro-batch"
+    "| | over by hand | quartiles | processes | us for each update | us for each micro-batch"
     " | weights bitwise equal |"
 )
 ONCE = (
@@ -565,7 +575,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What each library adds to the hand-written loop",
         "",
-        about(),
+        about(*PACKAGES),
         "",
         MADE,
         "",
@@ -577,9 +587,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"## {task}, {mode} (by hand {base:,.0f} us an update)",
             "",
             HEAD,
-            "|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|",
             *(
                 f"| {r['peer']} | {r['ratio']:.3f} | {r['low']:.3f} to {r['high']:.3f}"
+                f" | {r['medians'][0]:.3f} to {r['medians'][-1]:.3f}"
                 f" | {r['extra_us']:+.1f} | {r['extra_us_micro']:+.1f}"
                 f" | {'yes' if r['equal'] else 'no'} |"
                 for r in sorted(some, key=lambda r: r["ratio"])
@@ -606,34 +617,56 @@ def _once(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+TITLES = {"mlp": "tiny MLP", "conv": "small convolutional network", "gpt": "small GPT"}
+MODES = {"plain": "plain", "full": "bf16, 4 micro-batches, clip, schedule"}
+COLOURS = {"loopkit": "#d1495b", "by hand": "#d8dee9"}
+
+
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the overhead for each micro-batch, on a logarithmic scale; below 1 us no bar."""
+    """What each adds to the hand-written loop, in per cent, with quartiles."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [(t, m) for t in TASKS for m in ("plain", "full")]
-    there = {(r["task"], r["mode"]) for r in rows if r["peer"] != "by hand"}
-    panels = [p for p in panels if p in there]
-    shape = (max(1, len(panels) // 2), 2)
-    drawn, axes = plt.subplots(*shape, figsize=(11, 3.1 * shape[0]), squeeze=False)
+    there = {(r["task"], r["mode"]) for r in rows}
+    panels = [(t, m) for t in TASKS for m in MODES if (t, m) in there]
+    shape = ((len(panels) + 1) // 2, 2)
+    drawn, axes = plt.subplots(*shape, figsize=(11, 3.4 * shape[0]), squeeze=False)
     for axis, (task, mode) in zip(axes.flat, panels, strict=False):
         some = [r for r in rows if (r["task"], r["mode"]) == (task, mode)]
-        some = sorted((r for r in some if r["peer"] != "by hand"), key=lambda r: -r["ratio"])
-        colours = ["#d1495b" if r["peer"] == "loopkit" else "#8d99ae" for r in some]
-        extra = [max(1.0, r["extra_us_micro"]) for r in some]
-        axis.barh([r["peer"] for r in some], extra, color=colours)
-        for i, r in enumerate(some):
-            axis.text(extra[i] * 1.1, i, f"{r['extra_us_micro']:.0f} us", va="center", fontsize=8)
-        axis.set_xscale("log")
-        axis.set_xlim(1, 6000)
-        axis.set_title(f"{task}, {mode}: over the hand-written loop", fontsize=10, loc="left")
-        axis.set_xlabel("microseconds of CPU time for each micro-batch", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw(axis, sorted(some, key=lambda r: -r["ratio"]))
+        axis.set_title(f"{TITLES[task]}, {MODES[mode]}", fontsize=10, loc="left")
+    for axis in axes[-1]:
+        axis.set_xlabel(
+            "CPU time over the hand-written loop, %, and for a micro-batch; lines: quartiles",
+            fontsize=8,
+        )
     drawn.tight_layout()
     drawn.savefig(path, dpi=130)
+
+
+def _draw(axis: Any, some: list[dict[str, Any]]) -> None:
+    per_cent = {key: [100 * (r[key] - 1) for r in some] for key in ("low", "ratio", "high")}
+    spread = [
+        [middle - low for low, middle in zip(per_cent["low"], per_cent["ratio"], strict=True)],
+        [high - middle for high, middle in zip(per_cent["high"], per_cent["ratio"], strict=True)],
+    ]
+    axis.barh(
+        [r["peer"] for r in some],
+        per_cent["ratio"],
+        xerr=spread,
+        color=[COLOURS.get(r["peer"], "#8d99ae") for r in some],
+        error_kw={"elinewidth": 0.8, "ecolor": "#4c566a"},
+    )
+    widest = max(*per_cent["high"], 5)
+    for i, r in enumerate(some):
+        text = f"{per_cent['ratio'][i]:+.1f} % ({r['extra_us_micro']:+.0f} us)"
+        axis.text(max(per_cent["high"][i], 0) + widest / 60, i, text, va="center", fontsize=8)
+    axis.set_xlim(min(*per_cent["low"], 0), widest * 1.5)
+    axis.axvline(0, color="#2e3440", linewidth=0.8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
@@ -643,7 +676,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*PEERS], choices=PEERS)
     parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=TASKS)
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--add", action="store_true", help="to the results that there are")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--add", action="store_true", help="processes to those there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.one:
@@ -651,15 +685,19 @@ def main() -> None:
         return
     args.out.mkdir(exist_ok=True)
     kept = args.out / "peers.json"
-    rows = json.loads(kept.read_text()) if args.add and kept.exists() else []
-    for peer, task, mode in itertools.product(args.only, args.tasks, ("plain", "full")):
-        row = measured(peer, task, mode, args.scale)
-        if row:
-            same = [(r["peer"], r["task"], r["mode"]) == (peer, task, mode) for r in rows]
-            rows = [r for r, again in zip(rows, same, strict=True) if not again] + [row]
-            kept.write_text(json.dumps(rows, indent=1) + "\n")  # at once: a run takes long
-            found = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
-            print(f"{peer:<20} {task:<5} {mode:<6} {found}  equal: {row['equal']}", flush=True)
+    found = json.loads(kept.read_text()) if args.add and kept.exists() else []
+    for _, task, mode, peer in itertools.product(
+        range(args.processes), args.tasks, MODES, args.only
+    ):
+        if not (process := measured(peer, task, mode, args.scale)):
+            continue
+        found.append({"peer": peer, "task": task, "mode": mode, **process})
+        lines = ",\n".join(map(json.dumps, found))
+        kept.write_text(f"[\n{lines}\n]\n")  # at once: a run takes long
+        (row,) = rows_of([f for f in found if cell_of(f) == (peer, task, mode)])
+        shown = f"{row['ratio']:.3f} {row['extra_us_micro']:+9.1f} us"
+        print(f"{peer:<20} {task:<5} {mode:<6} {shown}  equal: {row['equal']}", flush=True)
+    rows = rows_of(found)
     (args.out / "peers.md").write_text(table(rows))
     figure(rows, args.out / "peers.png")
 

@@ -11,13 +11,12 @@ Han et al. 2018, https://arxiv.org/abs/1804.06872. (To start with few and take m
 round, gets 85%: the first few are all of the same easy classes.)
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -78,13 +77,11 @@ def train(pace: Callable[[int], float]) -> tuple[list[float], list[float]]:
     return scores, mistaken
 
 
-def main(picture: Path) -> dict[str, tuple[list[float], list[float]]]:
+def main(picture=Path("runs/curriculum.png")):
     """Train with either pace, and draw both."""
     found = {pace.__name__: train(pace) for pace in (everything, self_paced)}
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, plots = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    plots = figure.subplots(1, 2)
     for name, curves in found.items():
         label = name.replace("_", " ")
         print(
@@ -101,6 +98,4 @@ def main(picture: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--picture", type=Path, default=Path("runs/curriculum.png"))
-    main(arguments.parse_args().picture)
+    main()

@@ -1,32 +1,31 @@
 """A small denoising diffusion model draws handwritten digits, from the averaged weights.
 
-    python examples/diffusion.py --picture runs/diffusion/samples.png
+    python examples/diffusion.py
 
 The network learns what is noise in a noisy digit; drawing starts from noise alone and takes
 some of it away, again and again. It is judged by how well one learns to read real digits
 from drawn ones alone.
 
-1,100 updates, 45 s of processor time: three nearest neighbours among 1,500 drawn digits read
+1,760 updates, 30 s of processor time: three nearest neighbours among 1,500 drawn digits read
 96.5 % of 400 real ones (98.8 % among real ones).
 
 Source: https://arxiv.org/abs/2006.11239, https://arxiv.org/abs/2202.00512 (velocity, DDIM)
 """
 
-import argparse
 import itertools
 import math
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-WIDTH, BATCH_SIZE, PEAK_LR, DRAW_STEPS = 256, 128, 2e-3, 40
+EPOCHS, BATCH_SIZE, PEAK_LR, WIDTH, DRAW_STEPS = 160, 128, 2e-3, 512, 40
 
 
 def digits():
@@ -37,37 +36,22 @@ def digits():
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-class Block(nn.Module):
-    """A residual layer that the time and the wanted digit may bend."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.bend = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x, condition):
-        """The same shape: (n, WIDTH)."""
-        scale, shift = self.bend(condition).chunk(2, 1)
-        return x + self.down(F.silu(self.up(self.norm(x) * (1 + scale) + shift)))
-
-
 class Denoiser(nn.Module):
     """Which way noisy images go as time passes, as the network sees it."""
 
     def __init__(self):
         super().__init__()
-        self.enter, self.leave = nn.Linear(64, WIDTH), nn.Linear(WIDTH, 64)
-        self.time, self.digit = nn.Linear(32, WIDTH), nn.Embedding(10, WIDTH)
-        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+        self.digit = nn.Embedding(10, 64)
+        self.layers = nn.Sequential(
+            nn.Linear(64 + 32 + 64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
+            nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
+            nn.Linear(WIDTH, 64),
+        )  # fmt: skip
 
     def forward(self, noisy, angle, labels):
         """Velocities (n, 64) of images (n, 64) at angles (n, 1)."""
         waves = angle * torch.logspace(0, 2, 16, device=angle.device)
-        time = self.time(torch.cat([waves.sin(), waves.cos()], 1))
-        x, condition = self.enter(noisy), F.silu(time + self.digit(labels))
-        for block in self.blocks:
-            x = block(x, condition)
-        return self.leave(F.silu(x))
+        return self.layers(torch.cat([noisy, waves.sin(), waves.cos(), self.digit(labels)], 1))
 
 
 def mixed(image, noise, angle):
@@ -107,13 +91,11 @@ def judged(drawn, labels, test):
 
 def picture(way, path):
     """How a 3 appears, and drawings of each digit."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns, rows = 15, 10
     shown = way[-1].view(columns, rows, 8, 8).transpose(0, 1)
     moments = way[torch.linspace(0, DRAW_STEPS, columns).long(), 3].view(1, columns, 8, 8)
-    figure, grid = plt.subplots(rows + 1, columns, figsize=(8, 6.2), layout="constrained")
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
+    grid = figure.subplots(rows + 1, columns)
     for axes, image in zip(grid.flat, torch.cat([moments, shown]).flatten(0, 1), strict=True):
         axes.imshow(image.numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.axis("off")
@@ -122,29 +104,24 @@ def picture(way, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def main(path=Path("runs/diffusion/samples.png")):
     """Train, draw, and judge the drawings."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--picture", type=Path, default=Path("runs/diffusion/samples.png"))
-    args = parser.parse_args(argv)
-    generator = lk.seed_everything(0)
+    lk.seed_everything(0)
     train, test = digits()
-    loader = DataLoader(train, BATCH_SIZE, shuffle=True, generator=generator)
-
+    loader = DataLoader(train, BATCH_SIZE, shuffle=True)
     model = Denoiser().to(lk.device("auto"))
     state = lk.TrainState(model, torch.optim.AdamW(model.parameters()))
     schedule = lk.warmup(0.05, peak=PEAK_LR) >> lk.cosine()
-    step = lk.with_schedule(lr=schedule.over(args.epochs * len(loader)))(train_step)
-    lk.progress(lk.run(step, state, loader, max_epochs=args.epochs)).finish()
+    step = lk.with_schedule(lr=schedule.over(EPOCHS * len(loader)))(train_step)
+    lk.progress(lk.run(step, state, loader, max_epochs=EPOCHS)).finish()
 
     labels = torch.arange(1500) % 10
     with lk.ema_weights(state):
         way = draw_digits(model, labels.to(state.device)).cpu()
     score = judged(way[-1], labels, test)
     print(f"nearest neighbours among 1,500 drawn digits read {score:.1%} of 400 real ones")
-    picture(way[:, :150], args.picture)
-    print(f"picture: {args.picture}")
+    picture(way[:, :150], path)
+    print(f"picture: {path}")
     return score
 
 

@@ -1,6 +1,6 @@
 """A teacher passes on what no label says: its student reads 3s and has never been shown one.
 
-    python examples/distill.py --picture runs/distill/accuracy.png
+    python examples/distill.py
 
 A convolutional network learns all ten digits. A plain student, of less than half the
 weights, learns from images without any 3, once from their labels and once from all that
@@ -12,18 +12,17 @@ taught by labels 86.8 %, and no 3; the one taught by the teacher 92.7 %, and 53 
 Source: https://arxiv.org/abs/1503.02531, section 3
 """
 
-import argparse
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-UNSEEN, TEMPERATURE, TEACHER_EPOCHS = 3, 20.0, 20
+UNSEEN, TEMPERATURE, TEACHER_EPOCHS, EPOCHS = 3, 20.0, 20, 60
 
 
 def digits():
@@ -85,10 +84,8 @@ def train(step, model, dataset, epochs, peak=3e-3, **extras):
 
 def draw(scores, path):
     """What each of them reads, side by side."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for i, (name, score) in enumerate(scores.items()):
         bars = axes.bar([j + 0.27 * (i - 1) for j in range(2)], score.values(), 0.25, label=name)
         axes.bar_label(bars, fmt="{:.1%}", fontsize=9)
@@ -100,26 +97,22 @@ def draw(scores, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def main(path=Path("runs/distill/accuracy.png")):
     """Train the teacher and both students, and compare them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=60, help="of each student")
-    parser.add_argument("--picture", type=Path, default=Path("runs/distill/accuracy.png"))
-    args = parser.parse_args(argv)
     without_3, everything, test = digits()
 
     lk.seed_everything(0)
     teacher = train(label_step, teacher_network(), everything, TEACHER_EPOCHS)
-    alone = train(label_step, student_network(), without_3, args.epochs)
+    alone = train(label_step, student_network(), without_3, EPOCHS)
     frozen = teacher.model.eval().requires_grad_(False)
-    taught = train(distil_step, student_network(), without_3, args.epochs, teacher=frozen)
+    taught = train(distil_step, student_network(), without_3, EPOCHS, teacher=frozen)
 
     scores = {}
     for name, state in {"teacher": teacher, "labels": alone, "distilled": taught}.items():
         scores[name] = lk.evaluate(eval_step, state, DataLoader(test, 600))
         print(f"{name:10}" + "".join(f"{key}: {v:6.1%}   " for key, v in scores[name].items()))
-    draw(scores, args.picture)
-    print(f"picture: {args.picture}")
+    draw(scores, path)
+    print(f"picture: {path}")
     return scores
 
 

@@ -1,6 +1,6 @@
 """Two networks that train against each other: two states, two steps, one plain loop.
 
-    python examples/gan.py --picture runs/gan/samples.png
+    python examples/gan.py
 
 A conditional GAN draws handwritten digits of 8 x 8 pixels, with the relativistic loss and
 the gradient penalty on real and drawn images that keep it from drawing one of each.
@@ -12,19 +12,18 @@ ones); and by their variety, which is 93 % of that of real ones.
 Source: https://arxiv.org/abs/2501.05441
 """
 
-import argparse
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-LATENT, BATCH_SIZE, PEAK_LR, STEEPNESS = 32, 64, 1e-3, 0.3
+EPOCHS, LATENT, BATCH_SIZE, PEAK_LR, STEEPNESS = 70, 32, 64, 1e-3, 0.3
 
 
 def digits():
@@ -91,32 +90,24 @@ def judged(drawn, labels, test):
 
 def picture(drawn, path):
     """Drawings of each digit, a row for each."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(10, 15, figsize=(8, 5.6), layout="constrained")
-    for axes, image in zip(grid.T.flat, drawn, strict=True):
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    for axes, image in zip(figure.subplots(10, 15).T.flat, drawn, strict=True):
         axes.imshow(image.view(8, 8).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def main(path=Path("runs/gan/samples.png")):
     """Train both, draw, and judge the drawings."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=70)
-    parser.add_argument("--picture", type=Path, default=Path("runs/gan/samples.png"))
-    args = parser.parse_args(argv)
-    shuffling = lk.seed_everything(0)
+    lk.seed_everything(0)
     train, test = digits()
-    loader = DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True, generator=shuffling)
-    falling = lk.cosine(peak=PEAK_LR, floor=PEAK_LR / 20).over(args.epochs * len(loader))
-    improve_critic = lk.with_schedule(lr=falling)(critic_step)
-    improve_generator = lk.with_schedule(lr=falling)(generator_step)
-
+    loader = DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True)
+    falling = lk.cosine(peak=PEAK_LR, floor=PEAK_LR / 20).over(EPOCHS * len(loader))
+    scheduled = lk.with_schedule(lr=falling)
+    improve_critic, improve_generator = scheduled(critic_step), scheduled(generator_step)
     c, g = players()
-    for epoch in range(args.epochs):
+    for epoch in range(EPOCHS):
         for real, labels in loader:
             noise = torch.randn(2, len(real), LATENT)
             c = improve_critic(c, (real, g.model(noise[0], labels).detach(), labels))
@@ -130,8 +121,8 @@ def main(argv=None):
     score = judged(drawn, labels, test)
     print(f"nearest neighbours among 1,500 drawn digits read {score['read']:.1%} of 400 real ones;")
     print(f"the drawn ones are {score['variety']:.0%} as various as the real ones")
-    picture(drawn[:150], args.picture)
-    print(f"picture: {args.picture}")
+    picture(drawn[:150], path)
+    print(f"picture: {path}")
     return score
 
 

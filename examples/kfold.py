@@ -9,14 +9,13 @@ and explains 39% of the variance in the 100 patients that were put aside (linear
 Data: how the diabetes of 442 patients progressed in a year, from ten measurements (scikit-learn).
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import KFold, train_test_split
@@ -75,7 +74,7 @@ def cross_validate(dropout: float, data: Dataset) -> list[float]:
     return errors
 
 
-def main(picture: Path) -> tuple[float, float]:
+def main(picture=Path("runs/kfold.png")):
     """Choose, train with what was chosen, and compare on those who were put aside."""
     lk.seed_everything(0)
     known, aside = patients()
@@ -89,10 +88,8 @@ def main(picture: Path) -> tuple[float, float]:
     print(f"chosen: dropout {chosen}, {lasting} epochs, with an error of {min(curves[chosen]):.3f}")
     print(f"variance explained: {explained:.1%}, by a linear regression {linear:.1%}")
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for dropout, errors in curves.items():
         (line,) = axes.plot(range(1, len(errors) + 1), errors, label=f"dropout {dropout}")
         axes.plot(1 + errors.index(min(errors)), min(errors), "o", color=line.get_color())
@@ -105,6 +102,4 @@ def main(picture: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--picture", type=Path, default=Path("runs/kfold.png"))
-    main(arguments.parse_args().picture)
+    main()

@@ -1,6 +1,6 @@
 """Learning to learn: a network that fits a sine wave which it has seen ten points of.
 
-    python examples/maml.py --picture runs/maml/waves.png
+    python examples/maml.py
 
 MAML looks for weights from which one step of gradient descent on a few points goes far.
 It differentiates through that step (second order), for 25 waves at once. For comparison
@@ -12,19 +12,18 @@ and after one and ten steps: 3.05, 0.63, 0.23; of the network for comparison 3.0
 Source: https://arxiv.org/abs/1703.03400, section 5.1
 """
 
-import argparse
 import functools
 import math
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-SHOTS, WAVES, INNER_LR = 10, 25, 0.02
+UPDATES, SHOTS, WAVES, INNER_LR = 4_000, 10, 25, 0.02
 
 
 def waves(count, points, generator):
@@ -44,9 +43,8 @@ def endless(generator):
 
 def network():
     """Two hidden layers of 40 units, as in the paper."""
-    return nn.Sequential(
-        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
-    )  # fmt: skip
+    hidden = nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(40, 1))
 
 
 def adapted(model, steps, x, y):
@@ -82,25 +80,23 @@ def mean_step(state, batch):
     return F.mse_loss(state.model(asked), wanted)
 
 
-def train(step, updates):
-    """A state after so many updates."""
+def train(step):
+    """A state that has seen 100,000 waves."""
     generator = lk.seed_everything(0)
     model = network()
     state = lk.TrainState(model, torch.optim.Adam(model.parameters()))
-    step = lk.with_schedule(lr=lk.cosine(peak=3e-3).over(updates))(step)
-    lk.progress(lk.run(step, state, endless(generator), max_steps=updates)).finish()
+    step = lk.with_schedule(lr=lk.cosine(peak=3e-3).over(UPDATES))(step)
+    lk.progress(lk.run(step, state, endless(generator), max_steps=UPDATES)).finish()
     return state
 
 
 def draw(states, path):
     """Two waves, and what both networks make of ten points of them."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     x, y = waves(2, SHOTS + 200, torch.Generator().manual_seed(5))
     shown, line = x[:, :SHOTS], x[:, SHOTS:].sort(1)
     truth = y[:, SHOTS:].gather(1, line.indices)
-    figure, grid = plt.subplots(2, 2, figsize=(10, 5.5), layout="constrained", sharey="row")
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row")
     for (name, state), column in zip(states.items(), grid.T, strict=True):
         column[0].set_title(name)
         for wave, axes in enumerate(column):
@@ -115,15 +111,9 @@ def draw(states, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def main(path=Path("runs/maml/waves.png")):
     """Learn both ways, and try both on 500 new waves."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--updates", type=int, default=4000)
-    parser.add_argument("--picture", type=Path, default=Path("runs/maml/waves.png"))
-    args = parser.parse_args(argv)
-    states = {"trained for the mean": train(mean_step, args.updates)}
-    states["MAML"] = train(meta_step, args.updates)
-
+    states = {"trained for the mean": train(mean_step), "MAML": train(meta_step)}
     x, y = waves(500, SHOTS + 100, torch.Generator().manual_seed(1))
     errors = {}
     for name, state in states.items():
@@ -131,8 +121,8 @@ def main(argv=None):
             found = guesses(state.model, steps, x[:, :SHOTS], y[:, :SHOTS], x[:, SHOTS:])
             errors[name, steps] = F.mse_loss(found, y[:, SHOTS:]).item()
         print(f"{name:22}" + "".join(f"steps {n}: {errors[name, n]:.2f}   " for n in (0, 1, 10)))
-    draw(states, args.picture)
-    print(f"picture: {args.picture}")
+    draw(states, path)
+    print(f"picture: {path}")
     return errors
 
 

@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -68,10 +68,8 @@ def eval_step(state: lk.TrainState, batch: tuple[Tensor, Tensor]) -> dict[str, T
 
 def draw(losses: list[float], scores: list[dict[str, float]]) -> Path:
     """Both curves as a picture."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(losses, lw=0.6, color="tab:blue")
     left.set(title="training loss", xlabel="update", ylabel="cross entropy (smoothed labels)")
     epochs = range(1, len(scores) + 1)

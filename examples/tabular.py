@@ -9,13 +9,12 @@ are taken. Among 143 put aside are 53 malignant ones: 47 are found, with 4 false
 class weights 44, with none. A second of CPU, after the imports.
 """
 
-import argparse
 from pathlib import Path
 
 import loopkit as lk
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.model_selection import train_test_split
@@ -84,17 +83,15 @@ def train(weighted: bool = True) -> tuple[lk.TrainState, list[dict[str, float]],
     return best, history, confusion.compute().numpy()
 
 
-def main(picture: Path) -> np.ndarray:
+def main(picture=Path("runs/tabular.png")):
     """Train, and draw the curves and the confusion."""
     best, history, confusion = train()
     (found, missed), (alarms, _) = confusion
     print(f"stopped after {len(history)} epochs, the weights of epoch {best.epoch + 1} taken")
     print(f"malignant: {found} of {found + missed} found, with {alarms} false alarms")
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name in ("training", "validation"):
         left.plot(range(1, len(history) + 1), [h[f"{name}/loss"] for h in history], label=name)
     left.axvline(best.epoch + 1, color="gray", ls="--", lw=0.8, label="weights taken")
@@ -109,6 +106,4 @@ def main(picture: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--picture", type=Path, default=Path("runs/tabular.png"))
-    main(arguments.parse_args().picture)
+    main()

@@ -9,19 +9,44 @@ from torch import Tensor, nn
 from loopkit.errors import UsageError
 from loopkit.ranks import Ranks
 
+# By name, so that nothing is imported for it; torch's first one has namesakes elsewhere
+WRAPPERS = {"DistributedDataParallel": "", "FullyShardedDataParallel": '"fsdp"'}
 
-def check_model(model: object, call: str = "lk.TrainState(model, optimizer)") -> None:
-    """Check that it is a module.
+
+def check_model(model: object) -> None:
+    """Check that it is a module, and that nothing wraps it which `distributed` is there for.
+
+    Raises:
+        UsageError: If not.
+    """
+    module = check_module("lk.TrainState(model, optimizer)", model)
+    for name, part in module.named_modules():
+        for kind in type(part).__mro__:
+            if kind.__name__ in WRAPPERS:
+                _refuse_wrapped(f"model.{name}" if name else "model", kind.__name__)
+
+
+def check_module(call: str, model: object) -> nn.Module:
+    """The model, if it is a module.
 
     Raises:
         UsageError: If it is none.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            call,
-            f"a model of type {type(model).__name__}",
-            "a torch.nn.Module as the model",
-        )
+    if isinstance(model, nn.Module):
+        return model
+    raise UsageError(
+        call, f"a model of type {type(model).__name__}", "a torch.nn.Module as the model"
+    )
+
+
+def _refuse_wrapped(name: str, kind: str) -> None:
+    raise UsageError(
+        f"lk.TrainState(model, optimizer) with a {kind} as {name}",
+        "gradients averaged by the wrapper, of which a step knows nothing: each rank would take"
+        " all of the data, sync each micro-batch, and save and evaluate by itself",
+        f"the plain module ({name}.module), an optimizer over its parameters, and"
+        f" @lk.distributed({WRAPPERS[kind]}) on the step",
+    )
 
 
 def check_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from loopkit.errors import CompositionError
 from loopkit.functional import Form, Group, functional_form
@@ -17,6 +18,8 @@ from loopkit.places import apply_update, check_count
 from loopkit.state import TrainState
 from loopkit.types import Recompute
 from loopkit.window import MicroBatches
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that make CUDA graphs
 
 
 @attrs.frozen
@@ -227,6 +230,15 @@ class CompiledUpdate:
         """Update the weights; false where the update was skipped."""
         if state.unproven:  # the first update of this step on this state
             _check_ranks(self.name)
+        if self.settings.get("mode") not in CUDA_GRAPHS:
+            return self._update(state, window)
+        # All graphs of an update belong together; the next update's write over what they returned.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        applied = self._update(state, window)
+        _copy_found(state)
+        return _copied(applied)  # type: ignore[no-any-return]
+
+    def _update(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
         parts, apply, optimizer = self.parts, self.parts.apply, state.optimizer
         form = apply.form(optimizer) if type(apply) is CompiledApply else None
         groups = form and optimizer and form.bind(optimizer)
@@ -263,6 +275,16 @@ class CompiledUpdate:
         finally:
             state.outcome = outcome
         return parts.apply(state, parts.recompute)
+
+
+def _copy_found(state: TrainState) -> None:
+    """Copy what the state keeps of an update out of the memory of its CUDA graphs."""
+    state.outcome.parts = _copied(state.outcome.parts)
+    state.output, state.grad_norm = _copied(state.output), _copied(state.grad_norm)
+
+
+def _copied(value: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _check_ranks(name: str) -> None:

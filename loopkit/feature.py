@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from loopkit.errors import CompositionError
 from loopkit.types import Init, Layer, SetUp
 
 
@@ -64,3 +65,30 @@ def name_of(value: Any) -> str:
         settings = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
         return f"{name_of(value.func)}({', '.join(settings)})"
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+def check_excluded(features: tuple[Feature, ...], *, alone: bool) -> None:
+    """Check that none of the features fills a place that another one excludes.
+
+    Args:
+        features: Those of a step.
+        alone: Leave out what spreads a state over ranks, which does nothing on one process.
+
+    Raises:
+        CompositionError: If one does.
+    """
+    idle = {feature.name for feature in features if alone and "parallelize" in feature.owns}
+    for feature in features:
+        for other in features:
+            if other.name != feature.name and other.name not in idle:
+                _check_pair(feature, other)
+
+
+def _check_pair(feature: Feature, other: Feature) -> None:
+    for place in feature.excludes:
+        if place in other.owns or place in other.wraps:
+            raise CompositionError(
+                f"{feature.name} composed with {other.name}",
+                f"that the first leaves nothing to do for what the second has in {place!r}",
+                "one of the two",
+            )

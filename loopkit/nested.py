@@ -27,10 +27,10 @@ def map_tensors(function: Leaf, tree: Any) -> Any:
     """
     if isinstance(tree, Tensor) or _moves_itself(tree):
         return function(tree)
-    return _map_container(functools.partial(map_tensors, function), tree)
+    return map_container(functools.partial(map_tensors, function), tree)
 
 
-def _map_container(inside: Leaf, tree: Any) -> Any:
+def map_container(inside: Leaf, tree: Any) -> Any:
     """Apply `inside` to what a container holds; what is none is returned as it is."""
     if isinstance(tree, list | tuple):
         return _map_sequence(inside, tree)
@@ -151,7 +151,7 @@ def rows_of(tree: Any, start: int, stop: int, total: int) -> Any:
         return tree[start:stop]
     if _is_leaf(tree) and _moves_itself(tree):
         _refuse_to_cut(type(tree).__name__, total)
-    return _map_container(functools.partial(rows_of, start=start, stop=stop, total=total), tree)
+    return map_container(functools.partial(rows_of, start=start, stop=stop, total=total), tree)
 
 
 def _is_leaf(tree: Any) -> bool:

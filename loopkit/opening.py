@@ -25,6 +25,7 @@ from loopkit.position import (
     set_epoch,
 )
 from loopkit.rng import rng_state, set_rng_state
+from loopkit.window import Ahead
 
 
 def opened(
@@ -67,6 +68,15 @@ def begun(data: Iterable[Any], position: Position) -> Iterator[Any]:
     if data.share.rank:
         set_rng_state(own, CPU)
     return batches
+
+
+def read_again(batches: Ahead, position: Position, device: torch.device) -> None:
+    """Read the batch that had been read ahead before, with the random numbers that it drew then."""
+    if position.ahead is not None:
+        now = rng_state(device)
+        set_rng_state(position.ahead, device)
+        batches.at_end  # noqa: B018  # asked, it reads
+        set_rng_state(now, device)
 
 
 def reopened(data: Iterable[Any], position: Position, taken: int) -> Iterator[Any]:

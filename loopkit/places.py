@@ -30,6 +30,7 @@ from loopkit.window import MicroBatches, Window
 # In the order in which an update runs them.
 PLACES = {
     "window": "how many micro-batches run() gives one update",
+    "before": "what precedes an update",
     "split": "the micro-batches of one call",
     "gradients": "the gradients of the window, micro-batch by micro-batch",
     "around": "a context round each micro-batch",

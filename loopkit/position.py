@@ -1,6 +1,7 @@
 """Where a run is in its data, so that it goes on with the very batches that were left."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import attrs
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from loopkit.data.epoch import datasets_within, tell_epoch
 from loopkit.data.order import SINGLE, Order, Part, Share, sample_order
-from loopkit.errors import DataError
+from loopkit.errors import CheckpointWarning, DataError
 from loopkit.plain import is_stateful
 from loopkit.rng import rng_state
 
@@ -45,6 +46,8 @@ class Position:
         warm: Whether workers that persist were there when the epoch began: a loader draws no
             seed for them then.
         live: Whether they were there when this was saved.
+        ahead: The random states of this process before it read the batch that comes next, where
+            that was read already, and here. They are each rank's own: see `random`.
     """
 
     start: dict[str, Any] | None = None
@@ -59,6 +62,7 @@ class Position:
     total: int | None = None
     warm: bool = False
     live: bool = False
+    ahead: dict[str, Any] | None = None
 
     @classmethod
     def beginning(cls, data: object, before: "Position | None" = None) -> "Position":
@@ -83,22 +87,24 @@ class Position:
             warm=lives(data) or (before is not None and before.live),
         )
 
-    def keep(self, data: object) -> None:
-        """Note the state of a loader that has one, before more is read than was trained on."""
-        data = own_state(data)
-        if is_stateful(data):
-            self.loader = data.state_dict()
+    def keep(self, data: object, device: torch.device) -> None:
+        """Note where the data is, and what it may draw from, before more is read of it."""
+        self.loader = _told(own_state(data))
+        self.ahead = rng_state(device) if _is_read_here(data) else None
 
     def now(self, data: object) -> dict[str, Any]:
         """The position as plain data, for a checkpoint."""
-        own = own_state(data)
-        loader = own.state_dict() if self.loader is None and is_stateful(own) else self.loader
+        loader = _told(own_state(data)) if self.loader is None else self.loader
         generators = self.generators if data is None else _states(data)
         plain = {name: getattr(self, name) for name in PLAIN}
         live = self.live if data is None else lives(data)
         return {
             "start": self.start, "generators": generators, "loader": loader, "live": live, **plain
         }  # fmt: skip
+
+    def random(self) -> dict[str, Any]:
+        """What a checkpoint of the random states needs beside those of now."""
+        return {} if self.ahead is None else {"ahead": self.ahead}
 
     def interrupted(self, epoch: int, batch: int) -> bool:
         """Whether something of this epoch was taken: a part of the first batch, if now larger."""
@@ -158,6 +164,8 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     Raises:
         DataError: If the place cannot be found in this data.
     """
+    if isinstance(data, Iterator) and position.interrupted(epoch, batch):
+        _warn_of_iterator(epoch, batch)
     order = order_of(data)
     if position.start is None:  # of a list: nothing is known but the batches
         position.counts, position.size = order.counts, order.size
@@ -174,6 +182,16 @@ def moved(data: object, position: Position, batch: int, epoch: int = 0) -> int:
     position.items, position.size, position.world = taken, order.size, order.share.world
     position.within = epoch
     return position.at
+
+
+def _warn_of_iterator(epoch: int, batch: int) -> None:
+    warnings.warn(
+        f"run(step, state, data) goes on after batch {batch} of epoch {epoch}, with an iterator"
+        " wherever that is; data that can be iterated anew is passed over up to there"
+        " (state.batch = 0 says that the iterator is where it should be)",
+        CheckpointWarning,
+        stacklevel=2,
+    )
 
 
 def same_place(order: Order, position: Position) -> bool:
@@ -230,6 +248,31 @@ def index_name(loader: DataLoader[Any]) -> str:
 def own_state(data: Any) -> Any:
     """What may hold the position in its own `state_dict`."""
     return data.stateful if isinstance(data, Part) else data
+
+
+def _told(data: object) -> dict[str, Any] | None:
+    """Where data with a state of its own says that it is; None if it only counts.
+
+    Torchdata's loader does no more over a stream that has no state. What it then reads again it
+    counts twice (0.11), so a run that is resumed a second time would lose samples; the batches
+    that were taken are counted here as well, and passed over.
+    """
+    state = data.state_dict() if is_stateful(data) else None
+    if state is None or not isinstance(data, DataLoader):
+        return state
+    within = state.get("_snapshot", {}).get("_worker_snapshots", {"this process": state})
+    return None if all(map(_has_no_place, within.values())) else state
+
+
+def _has_no_place(reader: Mapping[str, Any]) -> bool:
+    stream = reader.get("fetcher_state") or {"dataset_iter_state": "of no stream"}
+    return stream.get("dataset_iter_state") is None and reader.get("dataset_state") is None
+
+
+def _is_read_here(data: object) -> bool:
+    """Whether samples are made in this process, and may draw from its generators."""
+    read = data.read if isinstance(data, Part) else data
+    return not isinstance(read, Iterator) and not getattr(read, "num_workers", 0)
 
 
 def generators_of(data: object) -> list[torch.Generator]:

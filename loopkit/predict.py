@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from torch.utils.data import (
     DataLoader,
@@ -25,6 +26,29 @@ from loopkit.step import Step
 from loopkit.types import StepFunction
 
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@attrs.define
+class EachForward:
+    """The context of one forward: eval modes, and on several ranks the buffers of the first.
+
+    Those are taken again after an update, which the body of a loop over predictions may make.
+    """
+
+    state: TrainState
+    inference_mode: bool
+    _step: int | None = None
+    _buffers: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Enter it."""
+        state = self.state
+        if self._step != state.step:
+            self._step, self._buffers = state.step, state.ranks.evaluating(state.model)
+        gradless = torch.inference_mode() if self.inference_mode else torch.no_grad()
+        with eval_modes(state), self._buffers, gradless:
+            yield
 
 
 def predict(
@@ -66,13 +90,8 @@ def predict(
             "DataLoader(dataset, shuffle=False)",
         )
 
-    @contextmanager
-    def evaluating() -> Iterator[None]:
-        with eval_modes(state), torch.inference_mode() if inference_mode else torch.no_grad():
-            yield
-
-    state.ranks.begin_evaluation(state.model)
-    outputs = outputs_of(eval_step(step), state, data, limit_batches, evaluating)
+    context = EachForward(state, inference_mode)
+    outputs = outputs_of(eval_step(step), state, data, limit_batches, context)
     if state.ranks.size > 1:
         return _in_order(outputs, state)
     return (output for _, output, _ in outputs)

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.errors import RankError
+from loopkit.errors import DamageError, RankError
 
 _NOTHING = nullcontext()
 
@@ -75,6 +75,18 @@ class Ranks:
         """The values of the ranks that share the data, in their order, on each of them."""
         return [value]
 
+    def part_of(self, counts: list[int]) -> int:
+        """This rank's count, of those of all; the sum stays where they were of other ranks.
+
+        Example:
+            >>> Ranks(rank=1, size=2).part_of([7, 4]), Ranks(rank=1, size=2).part_of([5, 4, 4])
+            (4, 6)
+        """
+        if len(counts) == self.size:
+            return counts[self.rank]
+        each, left = divmod(sum(counts), self.size)
+        return each + (self.rank < left)
+
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         """The parts of tensors that this process holds; what acts on elements needs no more."""
         return tensors
@@ -87,17 +99,39 @@ class Ranks:
         """Run the forward of one micro-batch."""
         return function(state, batch)
 
+    @property
+    def number(self) -> int:
+        """Number of this process among all, those that hold the same data too."""
+        return 0
+
+    @property
+    def spread(self) -> bool:
+        """Whether a process holds only a part of what is saved."""
+        return self.shards_tensors or self.shards_optimizer
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on each of them."""
+        return [value]
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """What does the same in a thread, beside the training; all have to call this."""
+        return self.everyone
+
     def unsynced(self) -> AbstractContextManager[Any]:
         """A context in which gradients add up on each rank by itself."""
         return _NOTHING
 
-    def whole(self, state: Any) -> Any:
-        """`state.state_dict()` as of one process, on the first rank; all have to call it."""
+    def in_parts(self, state: Any) -> Any:
+        """`state.state_dict()`, with a `Part` for what is spread; all have to call it."""
         return state.state_dict()
 
     def fitted(self, state: Any, state_dict: Any) -> Any:  # noqa: ARG002
         """A whole state dict as this rank's part of the state takes it."""
         return state_dict
+
+    def whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors that are spread over ranks put together, on the first one; all call it."""
+        return tensors
 
     def settle(self, state: Any) -> None:
         """What follows loading a state dict."""
@@ -106,11 +140,8 @@ class Ranks:
         """What follows each update."""
 
     def evaluating(self, model: torch.nn.Module) -> AbstractContextManager[Any]:  # noqa: ARG002
-        """A context in which what only one rank's copy has right is the same on all: buffers."""
+        """A context, to enter any number of times, in which all have rank 0's buffers of now."""
         return _NOTHING
-
-    def begin_evaluation(self, model: torch.nn.Module) -> None:
-        """Make what only one rank's copy has right the same on all: buffers."""
 
 
 ALONE = Ranks()
@@ -136,6 +167,47 @@ def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
     if failure is not None:
         raise RankError(what, f"that rank 0 failed at it: {failure}", "as that error says")
     return result
+
+
+Exchange = Callable[[Any], list[Any]]
+"""What gives each process the values of all, in their order."""
+
+
+def everywhere(exchange: Exchange, what: str, action: Callable[[], Any]) -> Any:
+    """Do on every rank what may fail on one: then it fails on all.
+
+    Args:
+        exchange: `ranks.everyone`; or in a thread what `ranks.aside()` gave.
+        what: For the error.
+        action: What must not talk to other ranks: it may end early.
+
+    Raises:
+        DamageError: On all, where it is what every rank that failed found.
+        RankError: On the ranks that did not fail, otherwise; on the others, their own error.
+    """
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001  # raised below, when the others know
+        failure = error
+    try:
+        said = exchange(failure and (isinstance(failure, DamageError), _words(failure)))
+    except Exception as error:
+        raise failure or error from error
+    failed = [(rank, *told) for rank, told in enumerate(said) if told]
+    if not failed:
+        return result
+    damaged = all(is_damage for _, is_damage, _ in failed)
+    if failure is not None and isinstance(failure, DamageError) == damaged:
+        raise failure
+    rank, _, words = next(entry for entry in failed if entry[1] == damaged)
+    if damaged:
+        raise DamageError(what, f"{words}, on rank {rank}", "as that error says")
+    raise RankError(what, f"that rank {rank} failed at it: {words}", "as that error says")
+
+
+def _words(error: Exception) -> str:
+    return error.found if isinstance(error, DamageError) else f"{type(error).__name__}: {error}"
 
 
 def is_main_rank() -> bool:

@@ -16,7 +16,7 @@ from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
 from loopkit.given import check_data
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
-from loopkit.opening import opened
+from loopkit.opening import opened, read_again
 from loopkit.position import Position, moved, take_up
 from loopkit.state import TrainState
 from loopkit.step import Step
@@ -154,6 +154,7 @@ class Loop:
         if known_length(self.data) is not None:
             return feed_sized(batches, int(left), sizes, device)
         self._ahead = self._ahead_of(batches)
+        read_again(self._ahead, self.state.position, device)
         return feed_unsized(self._ahead, left, sizes, device)
 
     def _ahead_of(self, batches: Iterator[Any]) -> Ahead:
@@ -166,11 +167,13 @@ class Loop:
     def _look_ahead(self, batches: Iterator[Any]) -> None:
         """See whether the epoch is over; after an update, for data may depend on the weights."""
         state = self.state
+        state.position.ahead = None
         if self._ahead is None:
             if not self.limits.capped:
                 check_exhausted(batches, state.batch)
         elif not state.epoch_end and state.batch != self._cut():
-            state.position.keep(self.data)  # as it is before more is read than was trained on
+            # Before more is read than was trained on
+            state.position.keep(self.data, state.device)
             state.epoch_end = self._ahead.at_end
 
     def _explain_nothing(self, batches: Iterator[Any]) -> None:

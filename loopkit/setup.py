@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from loopkit.errors import CompositionError, UsageError
-from loopkit.feature import Feature
+from loopkit.feature import Feature, check_excluded
 from loopkit.plain import restore
 from loopkit.state import TrainState
 
@@ -48,6 +48,7 @@ def set_up(features: tuple[Feature, ...], step: object, state: object) -> None:
         for feature in new:
             if place in feature.owns:
                 feature.owns[place](state)
+    check_excluded(features, alone=state.ranks.alone)
     _init(features, state)
     if len(state.attached) > MANY:  # steps made in a loop: checking one again is cheap
         state.attached.clear()

@@ -17,7 +17,8 @@ from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
 from loopkit.position import Position
 from loopkit.ranks import ALONE, Ranks
-from loopkit.rng import rng_state, seed_apart, set_rng_state
+from loopkit.restored import OfRanks
+from loopkit.rng import rng_state
 from loopkit.skips import Skips
 from loopkit.window import Ahead, MicroBatches
 
@@ -61,7 +62,8 @@ class TrainState:
         verdict: Inside an update: the largest vote, or None where nobody voted.
 
     Raises:
-        UsageError: If the model is no module, or the optimizer holds none of its parameters.
+        UsageError: If the model is no module, or wrapped for several ranks (DDP), or the
+            optimizer holds none of its parameters.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -97,8 +99,7 @@ class TrainState:
     skips: Skips = attrs.field(factory=Skips)  # in a row
     unproven: bool = True  # no backward pass of a new step has been seen to reach a parameter
     graph: object = None  # the last loss: while it lives, autograd keeps its nodes for parameters
-    restored_rng: Any = None  # each rank's random states, of the last restore
-    restored_data: Any = None  # and each rank's place in its data
+    restored: OfRanks | None = None  # by the last load_state_dict, until training goes on
     data: object = None  # what `batch` is a position in; None after a restore: whatever comes next
     checkpoints: Any = None  # the Checkpointer that saved or restored it last
     preemption: Any = None  # what may ask the run to stop; polled between updates, and in evaluate
@@ -203,6 +204,7 @@ class TrainState:
             for parameter in group["params"]:
                 parameter.grad = None
         self.outcome = Outcome(length=length)
+        self.restored = None  # this goes on from there
         self.output = self.grad_norm = self.verdict = self._metrics = None
         self.votes = []
         return self.outcome
@@ -251,7 +253,7 @@ class TrainState:
             "features": self.pending | {k: saved(v) for k, v in self.features.items()},
             "extras": saveable(self.extras),
             "data": self.position.now(self.data),
-            "rng": rng_state(self.device),
+            "rng": rng_state(self.device) | self.position.random(),
         }
 
     def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -286,27 +288,14 @@ class TrainState:
             self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         for name in CLOCK:
             setattr(self, name, state_dict["clock"][name])
-        self.data, self.restored_data = None, copy.deepcopy(dict(state_dict["data"]))
+        self.data = None
         waiting = dict(state_dict["features"])
         restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
         self.pending = copy.deepcopy(waiting)
         restore(self.extras, state_dict["extras"])
         self.ranks.settle(self)
-        self.restored_rng = state_dict["rng"].get("ranks") or [state_dict["rng"]]
-        self.take_own()
-
-    def take_own(self) -> None:
-        """Go on with the random numbers and the place in the data of this rank, as restored.
-
-        A rank that was not there when they were saved gets numbers of its own.
-        """
-        rank, saved = self.ranks.rank, self.restored_rng
-        data = {k: v for k, v in self.restored_data.items() if k != "ranks"}
-        own = self.restored_data.get("ranks", ())
-        self.position = Position(**copy.deepcopy(own[rank] if rank < len(own) else data))
-        set_rng_state(saved[min(rank, len(saved) - 1)], self.device)
-        if rank >= len(saved):
-            seed_apart(rank)
+        self.restored = OfRanks.of(state_dict)
+        self.restored.take(self)
 
     def snapshot(self) -> "TrainState":
         """An independent copy to branch from: training one leaves the other as it is.

@@ -9,7 +9,7 @@ import attrs
 
 from loopkit import places
 from loopkit.errors import CompositionError, OutputError
-from loopkit.feature import Feature
+from loopkit.feature import Feature, check_excluded
 from loopkit.setup import set_up
 from loopkit.state import TrainState
 from loopkit.types import (
@@ -72,6 +72,7 @@ class Step:
     function: StepFunction
     features: tuple[Feature, ...] = ()
     window: WindowSize = _chain("window", places.no_window)
+    before: Transform = _chain("before", places.nothing)
     split: Split = _chain("split", places.whole_batch)
     around: Around = _chain("around", places.no_context)
     forward: Forward = _chain("forward")
@@ -104,6 +105,7 @@ class Step:
         if not known:
             set_up(self.features, self, state)
             state.unproven = True
+        self.before(state)  # values of a schedule, freezing
         window = state.window = self.split(state, batch)
         try:
             state.applied = self.update(state, window)  # gradients, unscale, transform, apply
@@ -115,7 +117,7 @@ class Step:
         state.step += 1
         state.samples += state.outcome.samples
         state.lr = state.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
-        self.after(state)  # schedule, averages, scaler
+        self.after(state)  # averages, scaler, counts
         return state
 
     def set_up(self, state: TrainState) -> TrainState:
@@ -228,19 +230,7 @@ def _check_composition(features: tuple[Feature, ...]) -> None:
                     f"that both {claim[0]} {claim[1]!r}",
                     "one of the two" + ", or another name=..." * claim[0].startswith("keep"),
                 )
-    for feature in features:
-        _check_excluded(feature, [other for other in features if other.name != feature.name])
-
-
-def _check_excluded(feature: Feature, others: list[Feature]) -> None:
-    for place in feature.excludes:
-        for other in others:
-            if place in other.owns or place in other.wraps:
-                raise CompositionError(
-                    f"{feature.name} composed with {other.name}",
-                    f"that the first leaves nothing to do for what the second has in {place!r}",
-                    "one of the two",
-                )
+    check_excluded(features, alone=True)
 
 
 def _by_name(module: str, qualname: str) -> Any:

@@ -32,12 +32,14 @@ class ByHand:
     Attributes:
         losses: One for each update, the weighted mean over its window.
         applied: For each update, whether it was made.
+        norms: For each update the norm before clipping, where asked for.
         averages: The averaged weights by name, where asked for.
         scaler: The loss scaler of fp16.
     """
 
     losses: list[float] = attrs.field(factory=list)
     applied: list[bool] = attrs.field(factory=list)
+    norms: list[float] = attrs.field(factory=list)
     averages: dict[str, Tensor] = attrs.field(factory=dict)
     scaler: torch.amp.GradScaler | None = None
 
@@ -122,7 +124,7 @@ def train_by_hand(  # noqa: PLR0912, PLR0913
 
         finite = bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients)
         if clip is not None:
-            nn.utils.clip_grad_norm_(parameters, clip)
+            found.norms.append(nn.utils.clip_grad_norm_(parameters, clip).item())
         if clip_value is not None:
             nn.utils.clip_grad_value_(parameters, clip_value)
 

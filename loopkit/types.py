@@ -37,7 +37,7 @@ Backward = Callable[[TrainState, Tensor], None]
 """`backward`: run the backward pass of a loss."""
 
 Transform = Callable[[TrainState], None]
-"""`unscale`, `transform`, `after`: act on the state in place."""
+"""`before`, `unscale`, `transform`, `after`: act on the state in place."""
 
 Verdict = Callable[[TrainState], Tensor | None]
 """`verdict`: a 0-d tensor that is non-zero where the update is to be skipped, or None."""

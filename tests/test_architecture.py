@@ -50,6 +50,7 @@ checkpoint.saver checkpoint.saving checkpoint.export checkpoint.best
 checkpoint.snapshot checkpoint.restore checkpoint.writer checkpoint.owner
 checkpoint.difference
 checkpoint.read checkpoint.commit checkpoint.objects
+checkpoint.pieces
 checkpoint.folder checkpoint.format checkpoint.lock checkpoint.options
 checkpoint.remote
 checkpoint.disk
@@ -70,7 +71,9 @@ updates every stop
 given
 state feed
 limits device output opening functional graphs background
+restored
 check checked outcome window interrupt seed position
+parts
 nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips
 errors exact closing data.epoch data
 """.split("\n")[1:-1]

@@ -258,6 +258,55 @@ def test_a_compiled_step_prints_compares_and_pickles():
     assert "update      with_compile('step', backend='eager')" in str(step)
 
 
+def marked():
+    """How many steps of CUDA graphs were marked so far."""
+    from torch._inductor.cudagraph_trees import MarkStepBox  # which warns when it is imported
+
+    return -MarkStepBox.mark_step_counter
+
+
+@torch._dynamo.register_backend(name="like_cuda_graphs")
+def like_cuda_graphs(graph, inputs, **settings):
+    """Writes what it returns over what it returned in the step before, as CUDA graphs do."""
+    memory, step, calls = {}, None, 0
+
+    def call(*arguments):
+        nonlocal step, calls
+        calls = calls + 1 if step == marked() else 0
+        step = marked()
+        found, given = graph(*arguments), {id(argument) for argument in arguments}
+        new = [t for t in found if isinstance(t, torch.Tensor) and id(t) not in given]
+        held = memory.setdefault(calls, [t.detach().clone() for t in new])
+        for mine, tensor in zip(held, new, strict=True):
+            mine.copy_(tensor)
+        mine = iter(held)
+        return [next(mine) if any(t is n for n in new) else t for t in found]
+
+    return call
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_an_update_found_outlives_the_memory_of_its_cuda_graphs(size):
+    """In a mode with CUDA graphs an update is one step of theirs, and its results are copied."""
+
+    def step(state, batch):
+        loss = classifier(state, batch)
+        return {"loss": loss, "twice": 2 * loss}
+
+    decorated = lk.compose(*[lk.with_grad_accum(size)] * (size > 1), lk.with_clip(0.3))(step)
+    compiled = lk.with_compile("step", mode="reduce-overhead", backend="like_cuda_graphs")
+    found = {}
+    before = marked()
+    for made in (decorated, compiled(decorated)):
+        state = state_of()
+        found[made] = [
+            (state.loss, state.metrics["twice"], state.output["twice"], state.grad_norm)
+            for state in lk.run(made, state, make_batches(8), max_epochs=1)
+        ]
+    assert marked() - before == state.step == 8 // size
+    assert_close(*found.values())
+
+
 def test_tracing_leaves_the_settings_of_torch_as_they_were():
     """What torch must allow while it traces our functions is set back, errors included."""
     before = torch._dynamo.config.trace_autograd_ops

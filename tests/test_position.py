@@ -1,5 +1,6 @@
 """Going on within an epoch: the very batches that were left, and the same training, bit for bit."""
 
+import contextlib
 import copy
 import random
 
@@ -41,8 +42,11 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
+    def __init__(self, *, noisy=False):
+        self.noisy = noisy
+
     def __iter__(self):
-        dataset = Samples()
+        dataset = Samples(noisy=self.noisy)
         return (dataset[i] for i in range(COUNT))
 
 
@@ -86,6 +90,7 @@ LOADERS = {
     "batches by the dataset": lambda: DataLoader(Samples(), None, shuffle=True, collate_fn=single),
     "a user's sampler": lambda: DataLoader(Samples(), SIZE, sampler=Evens()),
     "a stream": lambda: DataLoader(Stream(), SIZE),
+    "random in a stream": lambda: DataLoader(Stream(noisy=True), SIZE),
     "a list": lambda: [*DataLoader(Samples(), SIZE)],
 }
 
@@ -156,7 +161,9 @@ def test_resumed_training_equals_uninterrupted_training_wherever_it_was_cut(kind
         assert_bitwise_equal(without_data(state), without_data(whole), f"cut at {cut}:")
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "shuffled, own generator", "weighted", "a stream"])
+@pytest.mark.parametrize(
+    "kind", ["shuffled", "shuffled, own generator", "weighted", "a stream", "random in a stream"]
+)
 def test_going_on_in_the_same_process_equals_uninterrupted_training(kind):
     """A break within an epoch, and another run on the same data, change nothing."""
     seeded()
@@ -225,6 +232,19 @@ def test_batches_of_another_size_that_cannot_be_found_again_are_refused():
         with pytest.raises(lk.DataError, match=r"batches of \d samples .*where they were of 4"):
             next(lk.run(step, state, other))
     assert state.step == 1
+
+
+def test_an_iterator_goes_on_where_it_is_and_says_so():
+    """It cannot be begun anew; a run that was restored does not know how much of it is gone."""
+    state = fresh()
+    next(lk.run(step, state, LOADERS["a list"]()))
+    for batch, told in ((1, pytest.warns(lk.CheckpointWarning, match="after batch 1 of epoch 0")),
+                        (0, contextlib.nullcontext())):  # fmt: skip
+        again, data = resumed(state, LOADERS["a list"])
+        again.batch = batch
+        with told:
+            next(lk.run(step, again, iter(data)))
+        assert again.extras["seen"] == [0, 1, 2, 3] * 2
 
 
 def test_a_dataset_that_has_grown_is_refused_within_an_epoch():

@@ -17,6 +17,7 @@ from loopkit.checkpoint.folder import (
     ranked,
     read_checkpoint,
 )
+from loopkit.checkpoint.messages import RESTORE, SAVE
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.owner import check_owner
 from loopkit.checkpoint.remote import Place, place_of
@@ -25,11 +26,13 @@ from loopkit.checkpoint.saver import Saver
 from loopkit.checkpoint.saving import Saving
 from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.closing import Closing
-from loopkit.errors import CheckpointError, CheckpointWarning, UsageError
+from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
 from loopkit.every import Every, Interval, Moment
 from loopkit.given import check_state
-from loopkit.ranks import together
+from loopkit.ranks import ALONE, together
 from loopkit.state import TrainState
+
+WORDS = ("latest", "best")
 
 
 def _check_keep_last(checkpointer: Any, attribute: Any, value: Any) -> None:  # noqa: ARG001
@@ -136,21 +139,21 @@ class Checkpointer(Closing):
         """
         check_state("checkpoints.save(state)", state)
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
-        ranks = state.ranks
-        if ranks.from_first(self._saver.drops):
+        ranks, saver = state.ranks, self._saver
+        if ranks.from_first(saver.drops):
             return False
-        whole = None if ranks.alone else ranks.whole(state)
-        saved: bool = together(
-            ranks, "checkpoints.save(state)", lambda: self._save(state, whole, numbers)
-        )
+        known = self._is_known()
+        if not together(ranks, SAVE, lambda: saver.ready(state, known=known)):
+            return False
+        taken = saver.take(state, numbers)
+        place = together(ranks, SAVE, lambda: saver.begin(state)) if ranks.spread else None
+        if ranks.spread and place is None:
+            return False
+        saver.start(taken, place, ranks.aside() if ranks.spread else ALONE.everyone)
+        saved: bool = self.async_save or together(ranks, SAVE, self.wait)
         if saved:
             state.checkpoints, self._saved_step = self, state.step
         return saved
-
-    def _save(self, state: TrainState, whole: Any, numbers: dict[str, float]) -> bool:
-        given = state.state_dict if whole is None else lambda: whole
-        saved = self._saver.save(state, given, numbers, known=self._is_known())
-        return saved and (self.async_save or self.wait())
 
     def wait(self) -> bool:
         """Return when the last save is on disk.
@@ -174,7 +177,7 @@ class Checkpointer(Closing):
         """
         try:
             self.wait()
-        except CheckpointError as error:
+        except (CheckpointError, RankError) as error:
             logger.warning("{}", error)
         done = self._saved_step == state.step and not self.failures
         if not state.ranks.agree(not done):  # the first rank alone knows of a save that failed
@@ -250,13 +253,14 @@ class Checkpointer(Closing):
             UsageError: For `"best"` without a `monitor`.
         """
         check_state("checkpoints.restore(state)", state)
-        restored = together(
-            state.ranks, "checkpoints.restore(state)", lambda: self._restore(state, which)
-        )
+        order, broken = together(state.ranks, RESTORE, lambda: self._order(which))
+        self._saver.join()
+        if which in WORDS:
+            restored = restore_first(state, order, broken)
+        else:
+            restored = restore_one(state, order[0])
         if restored is None:
             return False
-        if not state.ranks.is_first:
-            restore_one(state, restored.checkpoint)
         state.checkpoints, self.restored, self._saved_step = self, restored, state.step
         if restored.skipped:
             damaged = "; ".join(restored.skipped)
@@ -265,15 +269,12 @@ class Checkpointer(Closing):
             warnings.warn(message, CheckpointWarning, stacklevel=2)
         return True
 
-    def _restore(self, state: TrainState, which: str | Place | Checkpoint) -> Restored | None:
+    def _order(self, which: str | Place | Checkpoint) -> "tuple[Sequence[Checkpoint], Broken]":
+        """The checkpoints to try, the first choice first; and the folders that are not intact."""
         self._saver.join()
-        if which in ("latest", "best"):
-            order, broken = self._choice(str(which))
-            check_owner(order, self.options.owner)
-            return restore_first(state, order, broken)
-        found = self._at(which)
-        check_owner([found], self.options.owner)
-        return restore_one(state, found)
+        order, broken = self._choice(str(which)) if which in WORDS else ([self._at(which)], ())
+        check_owner(order, self.options.owner)
+        return order, broken
 
     def load_best(self, state: TrainState) -> None:
         """Load the best checkpoint into a state, at the end of a run.

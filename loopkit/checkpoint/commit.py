@@ -83,32 +83,55 @@ class Store:
         """
         return Lock(self.root)
 
-    def commit(self, files: Mapping[str, Chunks], manifest: Manifest) -> Checkpoint:
-        """Write a checkpoint; when this returns, it is there and survives a power cut.
+    def begin(self, step: int) -> str:
+        """Make the place of a checkpoint, and remove what killed writers have left; its name.
 
         Raises:
-            OSError: If it could not be written; then nothing of it is left, as far as the
-                disk allows, and what was there before is untouched.
+            OSError: If it could not be made.
         """
-        temporary = target = self._temporary(manifest.step)
+        self.clean()
+        temporary = self._temporary(step)
+        self._make_folder(temporary, private=self.private)
+        return temporary.name
+
+    def write(self, place: str, files: Mapping[str, Chunks]) -> dict[str, File]:
+        """Write files into a place that was begun, here or by another process.
+
+        Raises:
+            OSError: If one could not be written.
+        """
+        return {
+            name: write_file(self.disk, self.root / place / name, chunks, sha256=self.sha256)
+            for name, chunks in files.items()
+        }
+
+    def finish(self, place: str, manifest: Manifest) -> Checkpoint:
+        """Make it a checkpoint; when this returns, it is there and survives a power cut.
+
+        Raises:
+            OSError: If it could not be; then nothing of it is left, as far as the disk
+                allows, and what was there before is untouched.
+        """
+        temporary = target = self.root / place
         try:
-            self._make_folder(temporary, private=self.private)
-            written = {
-                name: write_file(self.disk, temporary / name, chunks, sha256=self.sha256)
-                for name, chunks in files.items()
-            }
-            manifest = attrs.evolve(manifest, files=written)
             write_file(self.disk, temporary / MANIFEST, [memoryview(manifest.to_bytes())])
             self.disk.sync_folder(temporary)
-            place = self.root / free_name(self.root, manifest.step).name
-            self.disk.rename(temporary, place)
-            target = place
+            final = self.root / free_name(self.root, manifest.step).name
+            self.disk.rename(temporary, final)
+            target = final
             self.disk.sync_folder(self.root)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._remove(target)
+            self._give_up(target)
             raise
         return Checkpoint(target, manifest)
+
+    def abandon(self, place: str) -> None:
+        """Remove what was begun, as far as the disk allows."""
+        self._give_up(self.root / place)
+
+    def _give_up(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._remove(folder)
 
     def _temporary(self, step: int) -> Path:
         return self.root / f".tmp-{step:012d}-{secrets.token_hex(4)}"

@@ -10,6 +10,7 @@ from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded
 from loopkit.errors import CheckpointError
+from loopkit.parts import Scattered
 from loopkit.plain import is_plain, is_stateful
 from loopkit.state import TrainState
 
@@ -119,7 +120,8 @@ def _model_differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> Ite
 
 def mismatched(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that are in both, but have another shape there."""
-    both = [n for n in here if isinstance(here[n], Tensor) and isinstance(saved.get(n), Tensor)]
+    kinds = Tensor | Scattered
+    both = [n for n in here if isinstance(here[n], Tensor) and isinstance(saved.get(n), kinds)]
     return [name for name in both if here[name].shape != saved[name].shape]
 
 

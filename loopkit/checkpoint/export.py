@@ -11,16 +11,17 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from loopkit.checked import check_model
+from loopkit.checked import check_module
 from loopkit.checkpoint.commit import write_file
 from loopkit.checkpoint.difference import frozen_names, mismatched, shown, without
 from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
 from loopkit.checkpoint.folder import read_checkpoint
 from loopkit.checkpoint.format import Encoder
-from loopkit.checkpoint.read import read
+from loopkit.checkpoint.read import read_model
 from loopkit.checkpoint.remote import Place, Remote, place_of
 from loopkit.checkpoint.tensors import copy_to_host
 from loopkit.errors import CheckpointError, UsageError
+from loopkit.ranks import ALONE, together
 from loopkit.state import TrainState
 
 
@@ -62,6 +63,8 @@ def export(state: TrainState | nn.Module, path: str | Place, *, frozen: bool = T
 
     The keys are those of `model.state_dict()`; weights that are tied are written once, and
     named in the file's metadata. Within `with lk.ema_weights(state)` it writes the averages.
+    Of several ranks all have to call it, with the state; the first one puts the weights
+    together in its host memory, and writes.
 
     Args:
         state: A state, or a model.
@@ -89,10 +92,18 @@ def export(state: TrainState | nn.Module, path: str | Place, *, frozen: bool = T
             f"a {type(state).__name__}",
             "a state or a model first, and the path second",
         )
-    model, path = state if isinstance(state, nn.Module) else state.model, place_of(path)
-    encoder = Encoder()
+    model = state if isinstance(state, nn.Module) else state.model
+    ranks = ALONE if isinstance(state, nn.Module) else state.ranks
     weights = model.state_dict()
-    weights = without(weights, [] if frozen else frozen_names(model, weights))
+    weights = ranks.whole(without(weights, [] if frozen else frozen_names(model, weights)))
+    place: Place = together(
+        ranks, f"lk.export(state, {str(path)!r})", lambda: _write(weights, path)
+    )
+    return place
+
+
+def _write(weights: dict[str, Any], path: str | Place) -> Place:
+    path, encoder = place_of(path), Encoder()
     tree = encoder.encode({"model": weights})["model"]
     if others := [n for n, node in tree.items() if not (type(node) is dict and "$tensor" in node)]:
         raise UsageError(
@@ -151,7 +162,7 @@ def load_weights(
         1 loaded
         1 unexpected in the file: bias
     """
-    check_model(model, f"lk.load_weights(model, {str(path)!r:.80})")
+    check_module(f"lk.load_weights(model, {str(path)!r:.80})", model)
     weights = {n.removeprefix(prefix): w for n, w in _read_weights(place_of(path)).items()}
     here = model.state_dict()
     report = _compare(here, weights)
@@ -197,8 +208,7 @@ def _remedy(report: WeightsReport) -> str:
 
 def _read_weights(path: Place) -> dict[str, Any]:
     if is_folder(path) or (isinstance(path, Path) and path.is_dir()):
-        weights: dict[str, Any] = read(read_checkpoint(path)).state["model"]
-        return weights
+        return read_model(read_checkpoint(path))
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, "weights.safetensors")

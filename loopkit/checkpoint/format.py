@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from loopkit.checkpoint.messages import ANOTHER_COPY, PLAIN_DATA, RESTORE, SAVE
-from loopkit.checkpoint.tensors import DTYPES
+from loopkit.checkpoint.tensors import BY_NAME, DTYPES
 from loopkit.errors import DamageError, UsageError
+from loopkit.parts import Part, Scattered
 
 Json = Any
 Path = tuple[str, ...]
@@ -29,9 +30,11 @@ class Encoder:
 
     Attributes:
         files: The tensors, by the first key on the way to them and a name made of the rest.
+        parts: What this process has of tensors in parts, by all keys on the way to them.
     """
 
     files: dict[str, dict[str, Tensor]] = attrs.field(factory=dict)
+    parts: dict[str, Part] = attrs.field(factory=dict)
     _seen: dict[tuple[Any, ...], Json] = attrs.field(factory=dict)
 
     def encode(self, value: Any, path: Path = ()) -> Json:
@@ -52,6 +55,8 @@ class Encoder:
             raise UsageError(SAVE, f"nesting without end at {_at(path[:5])}", PLAIN_DATA)
         if isinstance(value, Tensor):
             return self._tensor(value, path)
+        if type(value) is Part:
+            return self._part(value, path)
         return self._container(value, path)
 
     def _container(self, value: Any, path: Path) -> Json:
@@ -85,7 +90,7 @@ class Encoder:
         _check_tensor(tensor, path)
         if tensor.dtype is torch.complex128:
             return {"$complex128": self._tensor(torch.view_as_real(tensor.resolve_conj()), path)}
-        key = _identity(tensor)
+        key = identity(tensor)
         if key not in self._seen:
             file = self.files.setdefault(path[0], {})
             name = "/".join(path[1:])
@@ -94,6 +99,12 @@ class Encoder:
             file[name] = tensor
             self._seen[key] = {"$tensor": [path[0], name]}
         return self._seen[key]
+
+    def _part(self, part: Part, path: Path) -> Json:
+        if part.tensor.dtype not in DTYPES:
+            raise UsageError(SAVE, f"a tensor of {part.tensor.dtype} at {_at(path)}", PLAIN_DATA)
+        self.parts["/".join(path)] = part
+        return {"$parts": ["/".join(path), [*part.shape], DTYPES[part.tensor.dtype]]}
 
     def _other(self, value: Any, path: Path) -> Json:
         numpy = sys.modules.get("numpy")
@@ -113,7 +124,8 @@ class Encoder:
         raise UsageError(SAVE, found, PLAIN_DATA)
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are one in memory."""
     if tensor.numel() == 0:  # which has no memory to share
         return (id(tensor),)
     place = tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
@@ -141,10 +153,12 @@ class Decoder:
     Attributes:
         files: The tensors by file and name.
         used: The names that were asked for.
+        scattered: Those that lie in parts, by name.
     """
 
     files: Mapping[str, Mapping[str, Tensor]]
     used: set[tuple[str, str]] = attrs.field(factory=set)
+    scattered: dict[str, Scattered] = attrs.field(factory=dict)
 
     def decode(self, node: Json, depth: int = 0) -> Any:
         """What the JSON stands for.
@@ -169,6 +183,8 @@ class Decoder:
     def _tagged(self, tag: str, node: Json, depth: int) -> Any:
         if tag == "$tensor":
             return self._tensor(*node)
+        if tag == "$parts":
+            return self._scattered(*node)
         if tag in FROM_LEAF:
             return FROM_LEAF[tag](node)
         return FROM_TREE[tag](self.decode(node, depth))
@@ -176,6 +192,10 @@ class Decoder:
     def _tensor(self, file: str, name: str) -> Tensor:
         self.used.add((file, name))
         return self.files[file][name]  # the same one each time: what was tied stays tied
+
+    def _scattered(self, name: str, shape: list[int], dtype: str) -> Scattered:
+        self.scattered[name] = Scattered(torch.Size(shape), BY_NAME[dtype])
+        return self.scattered[name]
 
 
 def _dtype(name: str) -> torch.dtype:

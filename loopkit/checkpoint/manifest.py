@@ -14,7 +14,7 @@ from loopkit.errors import CheckpointError, DamageError
 
 MANIFEST = "manifest.json"
 FORMAT = "loopkit checkpoint"
-VERSION = 1
+VERSION = 2  # 1 where no tensor lies in parts, which an older loopkit reads
 LIMIT = 1 << 24  # bytes
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,115}\.(safetensors|json)")
 
@@ -103,7 +103,8 @@ class Manifest:
         body = attrs.asdict(self)
         # JSON has no number for these; and floats as text keep their last bit everywhere
         body["scores"] = {name: repr(score) for name, score in self.scores.items()}
-        return _signed({"format": FORMAT, "version": VERSION, **body})
+        version = VERSION if any(name.startswith("part-") for name in self.files) else 1
+        return _signed({"format": FORMAT, "version": version, **body})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":

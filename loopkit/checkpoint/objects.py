@@ -12,7 +12,7 @@ import attrs
 from loopkit.checkpoint.disk import names, read_bytes
 from loopkit.checkpoint.folder import NAME, Checkpoint, free_name, read_checkpoint
 from loopkit.checkpoint.lock import LOCK
-from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, Manifest
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest
 from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.remote import UNFINISHED, Remote
 from loopkit.errors import CheckpointError, DamageError
@@ -83,28 +83,48 @@ class ObjectStore:
         """Take the folder."""
         return ObjectLock(self.root)
 
-    def commit(self, files: Mapping[str, Iterable[memoryview]], manifest: Manifest) -> Checkpoint:
-        """Write a checkpoint; when this returns, the store has it.
+    def begin(self, step: int) -> str:
+        """Make the place of a checkpoint, and remove what killed writers have left; its name.
 
         Raises:
-            OSError: If it could not be written; then nothing of it is left, as far as the
-                store answers, and what was there before is untouched.
+            OSError: If the store does not answer.
         """
-        target = self.root / free_name(self.root, manifest.step).name
+        self.clean()
+        target = self.root / free_name(self.root, step).name
+        (target / UNFINISHED).write([])
+        return target.name
+
+    def write(self, place: str, files: Mapping[str, Iterable[memoryview]]) -> dict[str, File]:
+        """Write files into a place that was begun, here or by another process.
+
+        Raises:
+            OSError: If one could not be written.
+        """
+        return {
+            name: (self.root / place / name).write(chunks, sha256=self.sha256)
+            for name, chunks in files.items()
+        }
+
+    def finish(self, place: str, manifest: Manifest) -> Checkpoint:
+        """Make it a checkpoint; when this returns, the store has it.
+
+        Raises:
+            OSError: If it could not be; then nothing of it is left, as far as the store
+                answers, and what was there before is untouched.
+        """
+        target = self.root / place
         try:
-            (target / UNFINISHED).write([])
-            written = {
-                name: (target / name).write(chunks, sha256=self.sha256)
-                for name, chunks in files.items()
-            }
-            manifest = attrs.evolve(manifest, files=written)
             (target / MANIFEST).write([memoryview(manifest.to_bytes())])
             (target / UNFINISHED).remove()
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._remove(target)
+            self.abandon(place)
             raise
         return Checkpoint(target, manifest)
+
+    def abandon(self, place: str) -> None:
+        """Remove what was begun, as far as the store answers."""
+        with contextlib.suppress(OSError):
+            self._remove(self.root / place)
 
     def discard(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Remove checkpoints; a folder that holds anything else is left as it is."""

@@ -10,8 +10,10 @@ from loopkit.checkpoint.disk import read_checked
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.format import Decoder
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
+from loopkit.checkpoint.pieces import PIECES, Pieces
 from loopkit.checkpoint.tensors import parse
 from loopkit.errors import DamageError
+from loopkit.parts import Scattered, map_scattered
 
 TREE = "tree.json"
 TREE_LIMIT = 1 << 28  # bytes: what is large belongs into tensors
@@ -25,11 +27,13 @@ class Loaded:
         state: As `TrainState.state_dict` gave it.
         parameters: The optimizer's parameters by name, for each of its groups.
         frozen: The model's parameters that were left out, as they did not require gradients.
+        pieces: What of the state is `Scattered`, and not read yet.
     """
 
     state: dict[str, Any]
     parameters: list[list[str]]
     frozen: list[str] = attrs.field(factory=list)
+    pieces: Pieces = attrs.field(factory=Pieces)
 
 
 MALFORMED = (
@@ -45,7 +49,7 @@ MALFORMED = (
 
 
 def read(checkpoint: Checkpoint) -> Loaded:
-    """Read a checkpoint; no code of it is executed.
+    """Read a checkpoint but for what lies in parts; no code of it is executed.
 
     Raises:
         DamageError: If a file is missing or not as it was written, or does not fit the others.
@@ -53,7 +57,8 @@ def read(checkpoint: Checkpoint) -> Loaded:
     files = checkpoint.manifest.files
     if TREE not in files or files[TREE].size > TREE_LIMIT:
         raise DamageError(RESTORE, f"no {TREE} of up to {TREE_LIMIT} bytes", ANOTHER_COPY)
-    data = {name: read_checked(checkpoint.path / name, files[name]) for name in files}
+    whole = [name for name in files if not PIECES.fullmatch(name)]
+    data = {name: read_checked(checkpoint.path / name, files[name]) for name in whole}
     try:
         return _decoded(data, checkpoint)
     except DamageError:
@@ -64,12 +69,26 @@ def read(checkpoint: Checkpoint) -> Loaded:
         ) from error
 
 
+def read_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The weights of a checkpoint, whole.
+
+    Raises:
+        DamageError: As `read`.
+    """
+    loaded = read(checkpoint)
+    weights: dict[str, Any] = map_scattered(Scattered.want_whole, loaded.state["model"])
+    loaded.pieces.fill(checkpoint)
+    return weights
+
+
 def _decoded(data: dict[str, bytearray], checkpoint: Checkpoint) -> Loaded:
     tree = json.loads(data.pop(TREE))
     tensors = {name.removesuffix(".safetensors"): parse(data[name]) for name in data}
     decoder = Decoder(tensors)
-    loaded = Loaded(**decoder.decode(tree))
+    index = tree.pop("pieces", {})
+    loaded = Loaded(**decoder.decode(tree), pieces=Pieces(decoder.scattered, index))
     _check_types(loaded)
+    loaded.pieces.check(checkpoint.manifest.files)
     unread = {(f, n) for f, found in tensors.items() for n in found} - decoder.used
     if unread:
         raise DamageError(

@@ -28,8 +28,8 @@ class Remote:
 
     Credentials and endpoints are fsspec's: those of the environment, its configuration files,
     or `fsspec.config.conf["s3"] = {"endpoint_url": ...}`; none is kept or shown here. Tested
-    with S3 (`pip install torch-loopkit[remote]` brings s3fs) and `memory://`; others such as
-    `gs://` need their own package (gcsfs).
+    with S3 (`pip install torch-loopkit[remote]` brings s3fs), with `gs://` (its package is
+    gcsfs) and `memory://`.
 
     Attributes:
         url: Its address, without credentials.

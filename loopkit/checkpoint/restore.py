@@ -14,7 +14,9 @@ from loopkit.checkpoint.messages import RESTORE
 from loopkit.checkpoint.read import Loaded, read
 from loopkit.errors import CheckpointError, DamageError, LoopkitError
 from loopkit.nested import map_tensors
+from loopkit.parts import Scattered, map_scattered
 from loopkit.plain import restore
+from loopkit.ranks import everywhere
 from loopkit.state import TrainState
 
 
@@ -86,19 +88,31 @@ def _lines(damage: Sequence[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def restore_one(state: TrainState, checkpoint: Checkpoint) -> Restored:
-    """Restore a state from a checkpoint.
+    """Restore a state from a checkpoint; of several ranks all have to call it.
 
     Raises:
         DamageError: If it is not intact; the state is as it was.
         CheckpointError: If it does not fit the state, which is as it was.
     """
-    loaded = read(checkpoint)
-    changes = check(state, checkpoint.manifest, loaded)
-    loaded.state["model"] = completed(state, loaded)
-    _apply(state, loaded, checkpoint)
+    loaded, changes = everywhere(state.ranks.everyone, RESTORE, lambda: _read(state, checkpoint))
+    everywhere(state.ranks.everyone, RESTORE, lambda: _apply(state, loaded, checkpoint))
     for change in changes:
         logger.info("restored {}: {}", checkpoint, change)
     return Restored(checkpoint, changes=changes)
+
+
+def _read(state: TrainState, checkpoint: Checkpoint) -> tuple[Loaded, tuple[str, ...]]:
+    """What of a checkpoint this rank needs, and what it changes in the settings of the state."""
+    loaded = read(checkpoint)
+    changes = check(state, checkpoint.manifest, loaded)
+    loaded.state["model"] = completed(state, loaded)
+    if state.optimizer is None:
+        loaded.state["optimizer"] = None
+    if loaded.pieces.scattered:
+        fitted = state.ranks.fitted(state, loaded.state)  # asks for what this rank has parts of
+        loaded.state.update(map_scattered(Scattered.want_whole, fitted))
+        loaded.pieces.fill(checkpoint, state.ranks.rank, state.ranks.size)
+    return loaded, changes
 
 
 def _apply(state: TrainState, loaded: Loaded, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,8 @@
 """Getting snapshots into a folder, one at a time, and old ones out of it."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -10,14 +12,17 @@ from torch import Tensor
 from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
 from loopkit.checkpoint.lock import Lock
+from loopkit.checkpoint.manifest import File, Manifest
 from loopkit.checkpoint.messages import SAVE
 from loopkit.checkpoint.objects import ObjectLock, ObjectStore
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
 from loopkit.checkpoint.writer import Writer
-from loopkit.errors import CheckpointError, CheckpointWarning
+from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
+from loopkit.parallel.environment import environment
 from loopkit.plain import unsaveable
+from loopkit.ranks import Exchange, everywhere
 from loopkit.state import TrainState
 
 
@@ -46,13 +51,11 @@ class Saver:
         """Whether a save would come too early, and is to be left out then."""
         return self._writer.busy and self.options.when_busy == "drop"
 
-    def save(self, state: TrainState, whole: Any, scores: dict[str, float], *, known: bool) -> bool:
-        """Copy a state and begin to write it, when the one before is written.
+    def ready(self, state: TrainState, *, known: bool) -> bool:
+        """Have written the save before, and the folder for this process; on the first rank.
 
         Args:
             state: What is saved.
-            whole: What gives its state dict.
-            scores: What it is saved with.
             known: Whether the state comes from a checkpoint in the folder.
 
         Returns:
@@ -62,15 +65,37 @@ class Saver:
         if (lost := unsaveable(state.extras)) and not self._told:
             self._told = True
             _tell_unsaved(lost)
+        return self._tried(lambda: self._claim(state, known=known)) is not None
+
+    def take(self, state: TrainState, scores: dict[str, float]) -> Snapshot | None:
+        """Copy what this rank has of a state; on all ranks."""
+        self._writer.join()
+        self._writer.error()  # which the first rank has told of
+        kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
+        return take(state, state.ranks.in_parts(state), scores, self._buffers, **kinds)
+
+    def begin(self, state: TrainState) -> str | None:
+        """Make the place that all ranks write into; None where that failed."""
+        place: str | None = self._tried(lambda: self._store().begin(state.step))
+        return place
+
+    def start(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
+        """Begin to write what was copied.
+
+        Args:
+            taken: What this rank writes.
+            place: Where, if it is there already.
+            exchange: What tells the ranks of each other's writing.
+        """
+        if place is not None or taken is not None:
+            self._writer.start(functools.partial(self._write, taken, place, exchange))
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
         try:
-            self._claim(state, known=known)
-            kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
-            taken = take(state, whole(), scores, self._buffers, **kinds)
+            return action()
         except OSError as error:
             self._fail(error)
-            return False
-        self._writer.start(lambda: self._write(taken))
-        return True
+            return None
 
     def join(self) -> None:
         """Wait for the last save, without asking how it went."""
@@ -93,12 +118,21 @@ class Saver:
                 self._lock.release()
                 self._lock = None
 
-    def _claim(self, state: TrainState, *, known: bool) -> None:
+    def _claim(self, state: TrainState, *, known: bool) -> bool:
         """Make the folder this process's own."""
         if self._lock is not None and self._lock.is_held():
-            return
+            return True
         self._store().make_root()
-        self._lock = self._store().lock()
+        try:
+            self._lock = self._store().lock()
+            self._check_later(state, known=known)
+        except CheckpointError as error:
+            if state.ranks.alone and not isinstance(error, OSError):
+                _explain_apart(error)
+            raise
+        return True
+
+    def _check_later(self, state: TrainState, *, known: bool) -> None:
         later = [c for c in contents(self.root).intact if c.step > state.step]
         if later and not known:
             raise CheckpointError(
@@ -112,12 +146,37 @@ class Saver:
             return ObjectStore(self.root, self.options.sha256)
         return Store(self.root, self.options.disk, self.options.sha256, self.options.private)
 
-    def _write(self, taken: Snapshot) -> None:
-        found, store = contents(self.root).intact, self._store()
-        serial = 1 + max((c.manifest.serial for c in found), default=0)
-        store.clean()
-        saved = store.commit(taken.files(), attrs.evolve(taken.manifest, serial=serial))
+    def _write(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
+        """Write what this rank has; the first rank makes a checkpoint of what all have written."""
+        store, files = self._store(), {} if taken is None else taken.files()
+        manifest = None if taken is None else taken.manifest
+        place = place or store.begin(manifest.step)  # type: ignore[union-attr]
+        try:
+            own = everywhere(exchange, SAVE, lambda: store.write(place, files))
+            written = {name: file for held in exchange(own) for name, file in held.items()}
+        except BaseException:
+            if manifest is not None:
+                store.abandon(place)
+            raise
+        everywhere(exchange, SAVE, lambda: self._commit(store, place, manifest, written))
         self.failures = 0
+
+    def _commit(
+        self,
+        store: Store | ObjectStore,
+        place: str,
+        manifest: Manifest | None,
+        written: dict[str, File],
+    ) -> None:
+        if manifest is None:
+            return
+        try:
+            found = contents(self.root).intact
+        except BaseException:
+            store.abandon(place)
+            raise
+        serial = 1 + max((c.manifest.serial for c in found), default=0)
+        saved = store.finish(place, attrs.evolve(manifest, serial=serial, files=written))
         logger.info("saved {} in {}", saved, self.root)
         try:
             store.discard(self.retention.expendable((*found, saved)))
@@ -130,9 +189,10 @@ class Saver:
 
     def _fail(self, error: BaseException) -> None:
         self.failures += 1
-        if not isinstance(error, OSError | CheckpointError):
+        if not isinstance(error, OSError | CheckpointError | RankError):
             raise error  # by no policy: it would not go away
-        failure = error if isinstance(error, CheckpointError) else self._not_written(error)
+        told = isinstance(error, CheckpointError | RankError)
+        failure = error if told else self._not_written(error)  # type: ignore[arg-type]
         if self.options.on_error == "raise" or self.failures > self.options.max_failures:
             raise failure
         logger.warning("{}", failure)
@@ -147,6 +207,27 @@ class Saver:
         )
         failure.__cause__ = error
         return failure
+
+
+def _explain_apart(error: CheckpointError) -> None:
+    """Say to one of several processes that do not train together that this is why.
+
+    Those that are meant to train apart have a folder each, and never come here.
+    """
+    try:
+        found = environment()
+    except UsageError:  # said in part: then nobody can tell
+        return
+    if found is not None and found.world_size > 1:
+        raise CheckpointError(
+            error.wrote,
+            f"{error.found}; this is rank {found.rank} of {found.world_size} that a launcher has"
+            " started, which trains by itself: the step has no lk.distributed(), or has not set"
+            " the state up yet",
+            "@lk.distributed() on the step, with step.set_up(state) before a save that comes"
+            " before the first update; or, for trainings apart, a folder for each:"
+            " lk.Checkpointer(f'runs/{rank}')",
+        ) from error
 
 
 def _tell_unsaved(lost: dict[str, str]) -> None:

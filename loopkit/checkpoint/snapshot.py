@@ -1,7 +1,8 @@
 """What goes into a checkpoint: the state, copied to host memory, and its manifest."""
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -19,12 +20,15 @@ from loopkit.checkpoint.difference import (
 from loopkit.checkpoint.format import Encoder
 from loopkit.checkpoint.manifest import Manifest
 from loopkit.checkpoint.messages import SAVE
+from loopkit.checkpoint.pieces import name_of, plan
 from loopkit.checkpoint.read import TREE, TREE_LIMIT, parts_of
 from loopkit.checkpoint.tensors import TensorFile, copy_to_host
 from loopkit.errors import NonFiniteError, UsageError
+from loopkit.ranks import Ranks, everywhere
 from loopkit.state import TrainState
 
 Scores = Mapping[str, Any]
+SPREAD = ("model", "optimizer", "features")  # what may be in parts
 
 
 @attrs.frozen(eq=False)
@@ -32,19 +36,20 @@ class Snapshot:
     """A state as it was when it was taken; what is done to the state later does not reach it.
 
     Attributes:
-        manifest: What it holds; the sizes of the files come later.
+        manifest: What it holds; the sizes of the files come later. None where another rank
+            writes it, and the tree.
         tree: The state as JSON.
         tensors: Its files of tensors.
     """
 
-    manifest: Manifest
+    manifest: Manifest | None
     tree: Any
     tensors: Mapping[str, TensorFile]
 
     def files(self) -> dict[str, Iterator[memoryview]]:
         """The contents of the files, by name."""
         files = {f"{name}.safetensors": file.chunks() for name, file in self.tensors.items()}
-        return {**files, TREE: self._tree()}
+        return files if self.manifest is None else {**files, TREE: self._tree()}
 
     def _tree(self) -> Iterator[memoryview]:
         text = json.dumps(self.tree, allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -65,37 +70,76 @@ def take(
     *,
     allow_nonfinite: bool,
     frozen: bool,
-) -> Snapshot:
-    """Copy a state to host memory.
+) -> Snapshot | None:
+    """Copy a state to host memory: all of it on the first rank, parts of it on the others.
+
+    Of several ranks all have to call it, and it fails on all or on none.
 
     Args:
         state: What is saved.
-        state_dict: Its `state_dict()`, whole.
+        state_dict: Its `state_dict()`, with a `Part` for what is spread over ranks.
         scores: What it is saved with.
         buffers: The memory of the last copy; used again, and kept up to date.
         allow_nonfinite: Take parameters that are not finite, too.
         frozen: Take parameters that do not require gradients, too.
 
+    Returns:
+        What this rank writes; None if that is nothing.
+
     Raises:
         UsageError: If the state holds what is no plain data.
         NonFiniteError: If a parameter is not finite.
     """
+    ranks, encoder = state.ranks, Encoder()
     left_out = [] if frozen else frozen_names(state.model, state_dict["model"])
     state_dict = {**state_dict, "model": without(state_dict["model"], left_out)}
-    encoder = Encoder()
-    parts = {name: encoder.encode(part, (name,)) for name, part in state_dict.items()}
-    tree = {"state": parts, "parameters": parameter_names(state)}
+    tree = _everywhere(ranks, lambda: _tree(state, state_dict, encoder))
+    files = encoder.files if ranks.is_first else {}
+    if ranks.spread:
+        found = plan(ranks, encoder.parts)
+        tree |= {"pieces": found.index}
+        files |= {name_of(ranks.number): found.mine} if found.mine else {}
     tree |= {"frozen": left_out} if left_out else {}
-    sums = Sums.of(state)
-    watch = {} if allow_nonfinite else {"model": sums.add}
+    sums = None if allow_nonfinite else Sums.of(state)
+    tensors = _everywhere(ranks, lambda: _copied(state, files, buffers, sums))
+    if ranks.is_first:
+        return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
+    return Snapshot(None, None, tensors) if tensors else None
+
+
+def _tree(state: TrainState, state_dict: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """The state as JSON; on other ranks than the first only what may lie in parts is looked at."""
+    looked_at = SPREAD if not state.ranks.is_first else state_dict.keys()
+    if not (state.ranks.is_first or state.ranks.spread):
+        return {}
+    parts = {name: encoder.encode(state_dict[name], (name,)) for name in looked_at}
+    return {"state": parts, "parameters": parameter_names(state)}
+
+
+def _everywhere(ranks: Ranks, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    done: dict[str, Any] = everywhere(ranks.everyone, SAVE, action)
+    return done
+
+
+def _copied(
+    state: TrainState,
+    files: Mapping[str, Mapping[str, Tensor]],
+    buffers: dict[str, Tensor],
+    sums: "Sums | None",
+) -> dict[str, TensorFile]:
+    looks = {}  # at what passes by, in the file of weights and in that of this rank's parts
+    if sums is not None:
+        looks["model"] = functools.partial(sums.add, "model/")
+        looks[name_of(state.ranks.number)] = functools.partial(sums.add, "")
     tensors = {
-        name: copy_to_host(found, buffers.get(name), seen=watch.get(name))
-        for name, found in encoder.files.items()
+        name: copy_to_host(found, buffers.get(name), seen=looks.get(name))
+        for name, found in files.items()
     }
-    sums.check(state, state_dict["model"])
+    if sums is not None:
+        sums.check(state)
     buffers.clear()
     buffers.update({name: file.body for name, file in tensors.items()})
-    return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
+    return tensors
 
 
 def _manifest(
@@ -121,34 +165,35 @@ class Sums:
     Computing them takes a hundredth of the time of `isfinite()`.
 
     Attributes:
-        names: The parameters that can be other than finite.
-        found: The sums so far, on the device.
+        names: The parameters that can be other than finite, as `model/<name>`.
+        seen: Those that were summed up, each with its sum, on the device.
     """
 
     names: frozenset[str]
-    found: list[Tensor] = attrs.field(factory=list)
+    seen: dict[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, state: TrainState) -> "Sums":
         """Those of no parameter yet."""
         named = state.model.named_parameters(remove_duplicate=False)
-        return cls(frozenset(name for name, p in named if p.is_floating_point()))
+        return cls(frozenset(f"model/{name}" for name, p in named if p.is_floating_point()))
 
-    def add(self, name: str, weight: Tensor) -> None:
+    def add(self, prefix: str, name: str, weight: Tensor) -> None:
         """Sum one up, if it is a parameter."""
-        if name in self.names:
-            self.found.append(_sum(weight))
+        if prefix + name in self.names:
+            self.seen[prefix + name] = weight, _sum(weight)
 
-    def check(self, state: TrainState, weights: Mapping[str, Tensor]) -> None:
+    def check(self, state: TrainState) -> None:
         """Read them, all at once.
 
         Raises:
             NonFiniteError: If a parameter is not finite.
         """
-        on_device = [total.to(state.device) for total in self.found]
+        on_device = [total.to(state.device) for _, total in self.seen.values()]
         if not on_device or bool(torch.stack(on_device).isfinite().all()):
             return
-        bad = [n for n in weights if n in self.names and not bool(weights[n].isfinite().all())]
+        found = {name.removeprefix("model/"): weight for name, (weight, _) in self.seen.items()}
+        bad = [name for name, weight in found.items() if not bool(weight.isfinite().all())]
         if bad:  # and no sum that overflowed
             raise NonFiniteError(
                 SAVE,

@@ -244,6 +244,23 @@ def _walked(
     yield from share.dealt(itertools.islice(rest, share.first), head)
 
 
+def passed_over(items: Iterator[Any], taken: int, kept: int) -> Iterator[Any]:
+    """The items, the first `taken` of which are read now: of those `kept` stay, others are None.
+
+    Read later they would draw from the random states that belong to what comes next.
+
+    Example:
+        >>> items = iter("abcdef")
+        >>> rest = passed_over(items, 3, 1); next(items)
+        'd'
+        >>> [*rest]
+        ['a', None, None, 'e', 'f']
+    """
+    head = [*itertools.islice(items, min(taken, kept))]
+    gone = sum(1 for _ in itertools.islice(items, taken - len(head)))
+    return itertools.chain(head, itertools.repeat(None, gone), items)
+
+
 def _cut(batches: BatchSampler, samples: Iterable[int]) -> Iterator[Any]:
     return iter(BatchSampler(samples, batches.batch_size, batches.drop_last))
 

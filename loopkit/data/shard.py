@@ -9,7 +9,7 @@ import attrs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from loopkit.check import at_least_one, one_of
-from loopkit.data.order import UNEVEN, AtFirst, Order, Part, Share, Uneven, Walk
+from loopkit.data.order import UNEVEN, AtFirst, Order, Part, Share, Uneven, Walk, passed_over
 from loopkit.errors import DataError, UsageError
 from loopkit.limits import is_numbered, known_length
 from loopkit.opening import begun, dealing
@@ -60,9 +60,9 @@ class Stream(Part):
         return begun(self, Position.beginning(self))
 
     def opened(self, taken: int, at_first: AtFirst | None = None) -> Iterator[Any]:  # noqa: ARG002
-        """An iterator without the first `taken` batches of the stream."""
+        """An iterator without the first `taken` batches of the stream, which are read now."""
         source = iter(self.read)
-        walk = Walk(itertools.chain(source), self.share, taken)  # a chain has no length to trust
+        walk = Walk(passed_over(source, taken, self.share.kept), self.share, taken)
         return Marked(walk, walk, source)
 
 

@@ -50,6 +50,24 @@ class ScaleLoss:
 
 
 @attrs.frozen
+class HeldHere:
+    """Stands for an optimizer: torch's scaler takes no DTensors among plain tensors.
+
+    What it finds is made known to all ranks below, so that it need not be by DTensor.
+    """
+
+    param_groups: list[dict[str, list[Tensor]]]
+
+    @classmethod
+    def of(cls, state: TrainState) -> "HeldHere":
+        """The parts of a state's parameters, with their gradients, that this process holds."""
+        parts = state.ranks.local([p.detach() for p in state.parameters_with_grad()])
+        for part, gradient in zip(parts, state.ranks.local(state.gradients()), strict=True):
+            part.grad = gradient
+        return cls([{"params": parts}])
+
+
+@attrs.frozen
 class UnscaleGradients:
     """The scale leaves the gradients; where one overflowed, a vote to skip."""
 
@@ -57,7 +75,8 @@ class UnscaleGradients:
 
     def __call__(self, state: TrainState) -> None:
         """Unscale, vote, then go on."""
-        scaler, optimizer = state.features[KEPT_AS], state.optimizer
+        scaler: Any = state.features[KEPT_AS]
+        optimizer = HeldHere.of(state) if state.ranks.shards_tensors else state.optimizer
         # GradScaler has no public way to forget an update that an exception cut short, nor
         # to tell what it found without waiting for it.
         scaler._per_optimizer_states.clear()  # noqa: SLF001

@@ -117,6 +117,10 @@ def with_compile(
     `torch._inductor.config.fallback_random` is set. fp16 loss scaling runs in pieces: torch's
     GradScaler is not traced.
 
+    `mode="reduce-overhead"` has torch make CUDA graphs of it, on CUDA: each update is marked as a
+    step of theirs, and what the state keeps of it is copied out of their memory. This mode
+    has not been run on CUDA yet; on a CPU it changes nothing.
+
     A learning rate that a schedule sets goes in as a tensor, so nothing is compiled again for
     it; with the scope "model" it does not enter what is compiled. To evaluate uncompiled, where
     shapes vary: `with torch.compiler.set_stance("force_eager"): lk.evaluate(...)`; or

@@ -6,15 +6,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from loopkit.check import near
 from loopkit.compose import Decorator, wrap
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
-from loopkit.types import Update
-from loopkit.window import MicroBatches
+from loopkit.types import Transform
 
 Parts = str | Collection[str]
 FreezeSchedule = Parts | Mapping[int, Parts] | Callable[[TrainState], Parts]
@@ -44,11 +43,11 @@ class Frozen:
 class Freeze:
     """The layer of `with_freeze`."""
 
-    inner: Update
+    inner: Transform
     schedule: Any
     train_bn: bool
 
-    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
+    def __call__(self, state: TrainState) -> None:
         """Freeze and unfreeze what the clock says, then go on."""
         frozen, patterns = state.features[KEPT_AS], _patterns(self.schedule, state)
         if patterns != frozen.patterns:
@@ -56,7 +55,7 @@ class Freeze:
             _set_frozen(state.model, frozen, patterns, self.train_bn)
         for name in frozen.norms:  # each time: model.train() wakes them up
             state.model.get_submodule(name).training = False
-        return self.inner(state, window)
+        self.inner(state)
 
 
 def _patterns(schedule: Any, state: TrainState) -> tuple[str, ...]:
@@ -184,4 +183,4 @@ def with_freeze(schedule: FreezeSchedule, *, train_bn: bool = False) -> Decorato
     elif not callable(schedule):
         parts = _as_tuple(name, schedule)
     layer = functools.partial(Freeze, schedule=parts, train_bn=bool(train_bn))
-    return wrap(name=name, prepare=CheckParts(parts), init={KEPT_AS: _make_frozen}, update=layer)
+    return wrap(name=name, prepare=CheckParts(parts), init={KEPT_AS: _make_frozen}, before=layer)

@@ -120,7 +120,7 @@ def with_optimizer_in_backward() -> Decorator:
     weights') is saved. The numbers are those of the plain step, bit for bit; the optimizer,
     its `state_dict`, schedules and averages are the usual ones. As gradients never exist
     together, nothing can read them all: with clipping, gradient accumulation, fp16's loss
-    scale, SAM, `distributed` or skipping non-finite updates it is an error. An error in the
+    scale, SAM, several ranks or skipping non-finite updates it is an error. An error in the
     backward pass leaves the model partly updated.
 
     Raises:

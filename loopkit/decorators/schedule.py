@@ -14,8 +14,7 @@ from loopkit.compose import Decorator, compose, wrap
 from loopkit.counting import Count
 from loopkit.errors import UsageError
 from loopkit.state import TrainState
-from loopkit.types import Transform, Update
-from loopkit.window import MicroBatches
+from loopkit.types import Transform
 
 Schedule = Callable[[int], float]
 KEPT_AS = "schedule."
@@ -30,27 +29,36 @@ PLATEAU = "for ReduceLROnPlateau call scheduler.step(score) in your loop"
 class SetValues:
     """A value of the param groups, set for the update that comes."""
 
-    inner: Update
+    inner: Transform
     key: str
     schedule: Schedule | tuple[Schedule, ...]
 
-    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
-        """Set the value, go on, and count the update if it was applied."""
-        count = state.features[KEPT_AS + self.key]
+    def __call__(self, state: TrainState) -> None:
+        """Set the value, then go on."""
+        key, schedule = self.key, self.schedule
+        updates = state.features[KEPT_AS + key].updates
         groups: Any = state.optimizer and state.optimizer.param_groups
         for i, group in enumerate(groups):
-            schedule = self.schedule if callable(self.schedule) else self.schedule[i]
-            _set(group, self.key, schedule(count.updates))
-        applied = self.inner(state, window)
-        count.updates += bool(applied)  # waits for the device where the skip was decided on it
-        return applied
+            value = (schedule if callable(schedule) else schedule[i])(updates)
+            if isinstance(group[key], Tensor):
+                group[key].fill_(value)  # in place: a compiled optimizer has captured the tensor
+            else:
+                group[key] = value
+        self.inner(state)
 
 
-def _set(group: dict[str, Any], key: str, value: float) -> None:
-    if isinstance(group[key], Tensor):
-        group[key].fill_(value)  # in place: a compiled optimizer has captured the tensor
-    else:
-        group[key] = value
+@attrs.frozen
+class CountApplied:
+    """The count that a schedule is a function of."""
+
+    inner: Transform
+    key: str
+
+    def __call__(self, state: TrainState) -> None:
+        """Count the update if it was applied, then go on."""
+        # bool waits for the device where the skip was decided on it
+        state.features[KEPT_AS + self.key].updates += bool(state.applied)
+        self.inner(state)
 
 
 @attrs.frozen
@@ -118,8 +126,9 @@ def _of_key(call: str, key: str, value: Any) -> Decorator:
             f"{key}: a function of the update count, or one for each group{_named(value)}",
         )
     make = functools.partial(_make_count, call=call, key=key, schedule=value)
-    layer = functools.partial(SetValues, key=key, schedule=value)
-    return wrap(name=call, init={KEPT_AS + key: make}, update=layer)
+    values = functools.partial(SetValues, key=key, schedule=value)
+    counted = functools.partial(CountApplied, key=key)
+    return wrap(name=call, init={KEPT_AS + key: make}, before=values, after=counted)
 
 
 def _named(value: object) -> str:

@@ -160,7 +160,7 @@ def _check_accelerator(device: torch.device) -> None:
 def _compress(engine: DistributedDataParallel, hook: str | Callable[..., Any]) -> None:
     try:
         engine.register_comm_hook(None, _hook(hook))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:  # it asks for a __name__, too
         raise UsageError(
             f"DDP(comm_hook={hook!r:.80})",
             f"that torch refuses it: {error}",

@@ -62,10 +62,11 @@ class Parallelize:
                 torch.cuda.set_device(state.device)  # where NCCL and FSDP look
             ranks = state.ranks = self.strategy.set_up(state)
             ranks.uneven, ranks.stream = self.uneven, self.stream
+            ranks.patience_s = self.timeout_s
             ranks.timeout_s = self.timeout_s if started else None
             _check_start(state)
-            if state.restored_rng is not None:
-                state.take_own()
+            if state.restored is not None:
+                state.restored.take(state)
             elif ranks.rank:
                 seed_apart(ranks.rank)  # the seed is often one for all, and so would dropout be
 

@@ -117,10 +117,12 @@ class FSDP:
             "mesh": mesh,
             "reshard_after_forward": self.reshard_after_forward,
             "mp_policy": _policy(self.precision),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": _offload(mesh.device_type) if self.cpu_offload else OffloadPolicy(),
         }
         for block in blocks_of(state.model, self.blocks):
             fully_shard(block, **settings)
+        # Torch would leave what is outside of all blocks gathered after a forward; the next one
+        # then does not see weights that were changed meanwhile, such as averages swapped in.
         model: Any = fully_shard(state.model, **settings)
         for method in self.methods:
             _check_method(model, method)
@@ -128,7 +130,10 @@ class FSDP:
         repoint(state, before)
         group = mesh.get_group() if mesh.ndim == 1 else None
         rank, size = (dist.get_rank(group), dist.get_world_size(group))
-        return Shards(rank=rank, size=size, group=group, model=model, sync_every=self.sync_every)
+        return Shards(
+            rank=rank, size=size, group=group, groups=(*mesh.get_all_groups(),), model=model,
+            sync_every=self.sync_every,
+        )  # fmt: skip
 
     def _mesh(self, device: str) -> DeviceMesh:
         world = dist.get_world_size()
@@ -143,6 +148,10 @@ class FSDP:
             )
         shape = (copies, world // copies)
         return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _offload(device: str) -> CPUOffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=device != "cpu")  # there, pinning is for a copy to elsewhere
 
 
 # What torch says of a parameter that is used without having been gathered

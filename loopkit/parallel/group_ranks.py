@@ -1,6 +1,8 @@
 """Ranks that talk through a process group."""
 
-from collections.abc import Iterator, Mapping
+import datetime
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +18,8 @@ from loopkit.errors import DataError
 from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
-from loopkit.parallel.group import wait_at_most
-from loopkit.parallel.whole import fitted, settle, whole
+from loopkit.parallel.group import TIMEOUT_S, wait_at_most
+from loopkit.parallel.whole import fitted, in_parts, settle, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
@@ -33,13 +35,19 @@ class GroupRanks(Ranks):
         uneven: What ranks do that run out of data before others; see `sharded`.
         stream: How data is shared out that has no numbered samples.
         timeout_s: After the first update, how long a rank waits for another.
+        patience_s: How long a thread waits for those of other ranks.
+        groups: Others that the strategy's own traffic goes through.
     """
 
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
     timeout_s: float | None = None
+    patience_s: float = TIMEOUT_S
+    groups: tuple[Any, ...] = ()
+    _lowered: bool = False
     _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
+    _aside: Any = None
 
     @property
     def alone(self) -> bool:
@@ -117,17 +125,39 @@ class GroupRanks(Ranks):
 
     def updated(self) -> None:
         """After the first update there is less to wait for."""
-        if self.timeout_s is not None:
-            wait_at_most(self.timeout_s, {None, self.group})
-            self.timeout_s = None
+        if self.timeout_s is not None and not self._lowered:
+            wait_at_most(self.timeout_s, {None, self.group, *self.groups})
+            self._lowered = True
 
-    def whole(self, state: TrainState) -> Any:
-        """`state.state_dict()` as of one process, on the first rank; None on the others."""
-        return whole(state)
+    @property
+    def number(self) -> int:
+        """Number of this process among all, those that hold the same data too."""
+        return dist.get_rank()
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on each of them."""
+        held: list[Any] = [None] * dist.get_world_size()
+        guarded(dist.all_gather_object, "gathering from all ranks", held, value)
+        return held
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """What does the same in a thread, beside the training; all have to call this."""
+        if self._aside is None:
+            patience = datetime.timedelta(seconds=self.patience_s)
+            self._aside = dist.new_group(backend="gloo", timeout=patience)
+        return functools.partial(_gathered, self._aside)
+
+    def in_parts(self, state: TrainState) -> Any:
+        """`state.state_dict()`, with a `Part` for what is spread; all have to call it."""
+        return in_parts(state)
 
     def fitted(self, state: TrainState, state_dict: Mapping[str, Any]) -> Any:
         """A whole state dict as this rank's part of the state takes it."""
         return fitted(state, state_dict)
+
+    def whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors that are spread over ranks put together, on the first one; all call it."""
+        return {name: whole(tensor, keep=self.is_first) for name, tensor in tensors.items()}
 
     def settle(self, state: TrainState) -> None:
         """What follows loading a state dict."""
@@ -136,33 +166,63 @@ class GroupRanks(Ranks):
     @contextmanager
     def among(self, flag: bool) -> Iterator[Any]:
         """A process group of the ranks that say True, for those; None for all."""
-        said = self.gather(flag)
-        if all(said) or not flag:
+        mine = tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD))
+        said = self.everyone((mine, flag))
+        if all(true for _, true in said):
             yield self.group
             return
-        world = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        members = [rank for rank, true in zip(world, said, strict=True) if true]
-        group = dist.new_group(members, use_local_synchronization=True)
+        # Torch counts groups to name them. So every process makes every one: a name that came
+        # again, or was another on each rank, would lead to addresses that nobody listens at.
+        made = {}
+        for ranks, _ in said:
+            if (members := [rank for rank in ranks if said[rank][1]]) and ranks not in made:
+                made[ranks] = dist.new_group(members)
+        if not flag:
+            yield self.group
+            return
+        if self.timeout_s is not None:
+            wait_at_most(self.timeout_s, {made[mine]})
         try:
-            yield group
+            yield made[mine]
         finally:
-            dist.destroy_process_group(group)
+            dist.destroy_process_group(made[mine])
 
-    @contextmanager
-    def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Within it buffers are as rank 0 has them; then each rank's own come back."""
-        own = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self.begin_evaluation(model)
-        try:
-            yield
-        finally:
-            for buffer, value in own:
-                buffer.copy_(value)
-
-    def begin_evaluation(self, model: nn.Module) -> None:
-        """Buffers as rank 0 has them: running statistics were kept by each rank for itself."""
+    def evaluating(self, model: nn.Module) -> "BuffersOfFirst":
+        """Rank 0's buffers as they are now; in each `with` they stand in for each rank's own."""
+        pairs = []
         for buffer in model.buffers():
-            guarded(dist.broadcast, "taking rank 0's buffers", buffer, 0)
+            value = buffer.clone()
+            guarded(dist.broadcast, "taking rank 0's buffers", value, 0)
+            if not torch.equal(buffer, value):  # masks and tables are equal
+                pairs.append((buffer, value))
+        return BuffersOfFirst(pairs)
+
+
+@attrs.define(eq=False)
+class BuffersOfFirst:
+    """A context with rank 0's values of what each rank has kept for itself: running statistics.
+
+    Attributes:
+        pairs: Buffers that differ on this rank, with rank 0's values.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    _own: list[Tensor] = attrs.field(factory=list)
+
+    def __enter__(self) -> None:
+        self._own = [buffer.clone() for buffer, _ in self.pairs]
+        for buffer, value in self.pairs:
+            buffer.copy_(value)
+
+    def __exit__(self, *error: object) -> None:
+        for (buffer, _), value in zip(self.pairs, self._own, strict=True):
+            buffer.copy_(value)
+
+
+def _gathered(group: Any, value: Any) -> list[Any]:
+    held: list[Any] = [None] * dist.get_world_size()
+    guarded(dist.all_gather_object, "writing a checkpoint", held, value, group)
+    return held
 
 
 def _check_sampler(data: Any) -> None:

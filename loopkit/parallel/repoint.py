@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from loopkit.parts import Scattered
 from loopkit.state import TrainState
 
 
@@ -31,15 +32,28 @@ def repoint(state: TrainState, before: Mapping[int, str]) -> None:
                 optimizer.state[new] = {k: like(value, new) for k, value in kept.items()}
 
 
+def region(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where this rank's part of a tensor begins, and its sizes."""
+    # Torch's protocol for checkpoints, by which tensors say which part of the whole they hold
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(chunk.offsets), tuple(tensor.to_local().shape)
+
+
 def like(value: Any, parameter: Tensor) -> Any:
     """What belongs to a parameter, sharded as it is; what has another shape stays."""
     if (
         not isinstance(parameter, DTensor)
-        or not isinstance(value, Tensor)
+        or not isinstance(value, Tensor | Scattered)
         or isinstance(value, DTensor)
         or value.shape != parameter.shape
     ):
         return value
+    if isinstance(value, Scattered):
+        memory = value.want(*region(parameter), parameter.device)
+        return DTensor.from_local(
+            memory, parameter.device_mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
     # Each rank holds the whole, so each takes its own part of it, without any traffic.
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None

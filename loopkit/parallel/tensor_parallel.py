@@ -72,6 +72,7 @@ class TensorParallel:
             ranks = GroupRanks(rank=0, size=1, group=mesh["data"].get_group(), shards_tensors=True)
         else:
             ranks = self.data.shard(state, mesh["data"])
+        ranks.groups = (*mesh.get_all_groups(),)
         _take_one_by_one(state)
         _draw_alike(state, mesh["model"].get_group())
         return ranks

@@ -1,4 +1,4 @@
-"""A state that is spread over ranks as one, for checkpoints, and back."""
+"""A state that is spread over ranks: what each has of it, for checkpoints, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,34 +7,44 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from loopkit.nested import map_tensors
-from loopkit.parallel.repoint import like
-from loopkit.parallel.zero import forget_others, gathered
+from loopkit.parallel.failure import guarded
+from loopkit.parallel.repoint import like, region
+from loopkit.parallel.zero import forget_others, joined, own_part
+from loopkit.parts import Part
 from loopkit.state import TrainState
 
 
-def whole(state: TrainState) -> dict[str, Any] | None:
-    """`state.state_dict()` as one process would have it, on the first rank; None on the others.
+def in_parts(state: TrainState) -> dict[str, Any]:
+    """`state.state_dict()` with a `Part` for each tensor of which no rank need have all.
 
-    All ranks have to call it. The first one's host memory takes the sharded tensors, one by one.
+    With the random states of all ranks, their samples and their places in the data. All ranks
+    have to call it; no tensor travels.
     """
-    parts, first = state.state_dict(), state.ranks.is_first
-    if state.ranks.shards_optimizer:
-        parts["optimizer"] = gathered(state, parts["optimizer"])
-    rng, data = state.ranks.gather(parts["rng"]), state.ranks.gather(parts["data"])
+    found, ranks = state.state_dict(), state.ranks
+    of_this_rank = found["rng"], found["data"], found["clock"]["samples"]
+    rng, data, samples = zip(*ranks.gather(of_this_rank), strict=True)
+    if ranks.shards_tensors:
+        found = {name: map_tensors(_part, part) for name, part in found.items()}
+    if ranks.shards_optimizer:
+        found["optimizer"] = joined(found["optimizer"], ranks)
+    if found["data"]["counts"] == "share":  # each rank has data, and a place in it, of its own
+        found["data"] = {**found["data"], "ranks": [*data]}
+    found["clock"] = {**found["clock"], "ranks": [*samples]}
+    return {**found, "rng": {**found["rng"], "ranks": [*rng]}}
 
-    def put_together(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        full = tensor.full_tensor()
-        return full.cpu() if first else full.new_empty(0)
 
-    found = {name: map_tensors(put_together, part) for name, part in parts.items()}
-    if not first:
-        return None
-    found["rng"] = {**parts["rng"], "ranks": rng}
-    if parts["data"]["counts"] == "share":  # each rank has data, and a place in it, of its own
-        found["data"] = {**parts["data"], "ranks": data}
-    return found
+def _part(tensor: Tensor) -> Any:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return Part(tuple(tensor.shape), region(tensor)[0], tensor.to_local())
+
+
+def whole(tensor: Any, *, keep: bool) -> Any:
+    """A tensor with the parts of all ranks, in host memory; only its name where it is not kept."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = guarded(tensor.full_tensor, "putting a tensor together")
+    return full.cpu() if keep else full.new_empty(0)
 
 
 def fitted(state: TrainState, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +55,8 @@ def fitted(state: TrainState, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if "features" in parts:
         parts["features"] = _fit(parts["features"], _features(state))
     if parts.get("optimizer") is not None and state.optimizer is not None:
+        if state.ranks.shards_optimizer:
+            parts["optimizer"] = own_part(state, parts["optimizer"])
         parts["optimizer"] = _fit_optimizer(parts["optimizer"], state.parameters())
     return parts
 

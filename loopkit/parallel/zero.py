@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from loopkit.errors import CompositionError
 from loopkit.nested import map_tensors
 from loopkit.parallel.failure import guarded
+from loopkit.parts import Part
+from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 from loopkit.types import Apply, Recompute
 
@@ -70,13 +72,27 @@ class UpdateOwnPart:
         return applied
 
 
-def gathered(state: TrainState, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state dict with the parts of all ranks, on the first rank."""
-    parts: list[Any] | None = [None] * dist.get_world_size() if state.ranks.is_first else None
-    mine = map_tensors(lambda tensor: tensor.cpu(), optimizer["state"])
-    guarded(dist.gather_object, "gathering the optimizer's state", mine, parts)
-    whole = {key: value for part in parts or [optimizer["state"]] for key, value in part.items()}
-    return optimizer | {"state": dict(sorted(whole.items()))}
+def joined(optimizer: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The optimizer's state dict with the parts of all ranks; those of others without contents."""
+    mine = map_tensors(_part, optimizer["state"])
+    others = ranks.everyone(map_tensors(_without_contents, optimizer["state"]))
+    whole = {key: value for other in others for key, value in other.items()}
+    return {**optimizer, "state": dict(sorted((map_tensors(_part, whole) | mine).items()))}
+
+
+def _without_contents(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def _part(tensor: Tensor) -> Part:
+    return Part(tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+
+
+def own_part(state: TrainState, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with the state of the parameters only that this rank updates."""
+    mine = dict(enumerate(owners(state.parameters(), state.ranks.size)))
+    kept = {i: v for i, v in optimizer["state"].items() if mine.get(i) == state.ranks.rank}
+    return {**optimizer, "state": kept}
 
 
 def forget_others(state: TrainState) -> None:

@@ -16,7 +16,7 @@ from loopkit.checkpoint.manifest import VERSION
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from trainings import STEPS, digest, make_batches, make_state  # noqa: E402
+from trainings import digest, make_batches, make_state, noisy  # noqa: E402
 
 
 def make(seed=0):
@@ -33,15 +33,22 @@ def parts_of(state):
     return {name: digest(part)[:16] for name, part in parts.items()}
 
 
-def main():
-    """Train, save, and keep the digests beside the checkpoint."""
+def save(folder):
+    """Train, on two processes with a part of the state each, and save."""
     state = make()
-    for _ in lk.run(STEPS["all"], state, make_batches(), max_steps=3):
-        pass
-    folder = HERE / f"format-{VERSION}"
-    shutil.rmtree(folder, ignore_errors=True)
+    step = lk.compose(lk.with_ema(0.8), lk.with_grad_accum(2), lk.distributed("fsdp"))(noisy)
+    lk.run(step, state, make_batches(), max_steps=3).finish()
     with lk.Checkpointer(folder) as checkpoints:
         checkpoints.save(state, {"loss": 0.25})
+
+
+def main():
+    """Keep the digests of what one process restores beside the checkpoint."""
+    folder = HERE / f"format-{VERSION}"
+    shutil.rmtree(folder, ignore_errors=True)
+    lk.launch(save, 2, folder)
+    state = make(seed=5)
+    lk.Checkpointer(folder).restore(state)
     lines = [f"{name} {found}" for name, found in parts_of(state).items()]
     (folder / "digests.txt").write_text("\n".join(lines) + "\n")
 

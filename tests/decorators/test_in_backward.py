@@ -163,6 +163,15 @@ def test_what_needs_all_gradients_is_refused(other):
             lk.compose(*pair)(classifier)
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_beside_distributed_one_process_trains_as_ever(turn):
+    """Only several ranks are refused: alone `distributed` does nothing, and the bits are equal."""
+    pair = [lk.with_optimizer_in_backward(), lk.distributed("fsdp")]
+    ours, _ = trained(pair[::turn], state_with(MADE["AdamW"]))
+    plain, _ = trained([], state_with(MADE["AdamW"]))
+    assert_bitwise_equal(ours.model.state_dict(), plain.model.state_dict())
+
+
 def test_optimizers_whose_parameters_depend_on_each_other_are_refused():
     """LBFGS, and optimizers that count in their groups, are told with what to use."""
     pytest.importorskip("schedulefree")

@@ -7,6 +7,7 @@ import time
 
 import loopkit as lk
 import torch
+from torch.utils.data import DataLoader
 
 kind, timeout_s = sys.argv[1], float(sys.argv[2])
 rank = int(os.environ["RANK"])
@@ -35,6 +36,7 @@ def main():
     model = torch.nn.Linear(4, 1)
     state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
     data = [torch.randn(2, 4) for _ in range(24)]
+    held_out = DataLoader(torch.randn(5, 4), 1)
     if kind == "runs dry":
         data = (batch for batch in data[: 6 - rank])
     if folder := os.environ.get("FAILING_FOLDER"):
@@ -45,6 +47,8 @@ def main():
     run = lk.run(step, state, data, max_epochs=1)
     for _ in checkpoints.wrap(run) if folder else run:
         time.sleep(0.02)
+        if kind == "runs dry":
+            lk.evaluate(lambda state, batch: state.model(batch).mean(), state, held_out)
     print(f"made {state.step} updates", flush=True)
 
 

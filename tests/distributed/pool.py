@@ -66,9 +66,8 @@ class Pool:
         paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
         while len(self.workers) < world:
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(theirs, len(self.workers), paths), daemon=True
-            )
+            # Not as a daemon, which may not have data workers of its own
+            process = context.Process(target=_work, args=(theirs, len(self.workers), paths))
             process.start()
             theirs.close()
             self.workers.append((process, ours))

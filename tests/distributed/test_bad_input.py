@@ -1,7 +1,9 @@
 """What cannot be on several ranks is an error on all of them, which says what to write."""
 
+import functools
 import os
 import time
+from pathlib import Path
 
 import loopkit as lk
 import pytest
@@ -178,3 +180,54 @@ def test_settings_of_launch(given):
     """Checked before a process is started."""
     with pytest.raises(lk.UsageError, match=r"lk\.launch"):
         lk.launch(one_hangs, **given)
+
+
+def wrapped():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo")
+    plain, messages = Blocks(), []
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    sharded = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    for wrapper in (torch.nn.parallel.DistributedDataParallel, sharded):
+        inner = wrapper(torch.nn.Linear(2, 2))
+        for model in (inner, torch.nn.ModuleDict({"plain": plain, "inner": inner})):
+            with pytest.raises(lk.UsageError) as caught:
+                lk.TrainState(model, optimizer)
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_a_model_that_is_wrapped_already():
+    """DDP's and FSDP's wrappers, whole or within: the error names it, and what takes its place."""
+    (ddp, within, fsdp, also), _ = POOL.run(2, wrapped)
+    assert "with a DistributedDataParallel as model: found" in ddp
+    assert "model.inner.module" in within
+    assert "@lk.distributed() on the step" in ddp
+    assert "a FullyShardedDataParallel" in fsdp
+    assert '@lk.distributed("fsdp")' in also
+
+
+def trained_apart(folder, own):
+    """What a script does that a launcher has started, and whose step has no `distributed`."""
+    state, refused = fresh(), Path(folder + "-refused")
+    checkpoints = lk.Checkpointer(f"{folder}/{os.environ['RANK']}" if own else folder)
+    lk.run(classifier, state, make_batches(2, dtype=torch.float64), max_epochs=1).finish()
+    try:
+        checkpoints.save(state)
+        while not own and not refused.exists():  # the other one finds the folder in use
+            time.sleep(0.05)
+    except lk.CheckpointError as error:
+        refused.touch()
+        return str(error)
+    finally:
+        checkpoints.close()
+
+
+def test_processes_that_train_apart_are_told_of_distributed(tmp_path):
+    """Saving into one folder is the error that says so; with a folder each they may."""
+    assert POOL.run(2, trained_apart, str(tmp_path / "own"), True) == [None, None]
+    (message,) = filter(None, POOL.run(2, trained_apart, str(tmp_path / "one"), False))
+    assert "that a launcher has started, which trains by itself" in message
+    assert "@lk.distributed() on the step" in message
+    assert "a folder for each" in message

@@ -226,6 +226,18 @@ def test_batch_norm_over_ranks_needs_an_accelerator():
         assert "a model on cpu" in message
 
 
+class Hook:
+    def __call__(self, group, bucket):
+        raise NotImplementedError
+
+
+def test_a_hook_that_torch_does_not_take():
+    """An object with a __call__ is refused at set-up, with the form that is taken."""
+    for message in POOL.run(2, refused, lk.DDP(comm_hook=Hook()), Blocks, classifier):
+        assert "that torch refuses it" in message
+        assert "a function (group, bucket)" in message
+
+
 def test_gloo_has_no_compression_to_bf16():
     """What torch refuses for gloo is an error at set-up that names the other hook."""
     for message in POOL.run(2, refused, lk.DDP(comm_hook="bf16"), Blocks, classifier):

@@ -1,7 +1,5 @@
 """What several ranks save, any number of them goes on from."""
 
-import functools
-
 import loopkit as lk
 import pytest
 import torch
@@ -111,16 +109,22 @@ def state_samples(state, taken):
     return state.outcome.samples
 
 
-def evaluated(strategy, batch_size, count, names=("accuracy", "auroc", "top")):
-    step, state = decorated(strategy), fresh()
-    step.set_up(state)
+def samples(count):
     inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(5))
-    labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(6))
-    data = DataLoader(TensorDataset(inputs, labels), batch_size)
+    return TensorDataset(inputs, torch.arange(count) % 3)
+
+
+def looked_at(state, batch_size, count, names):
+    data = DataLoader(samples(count), batch_size)
     measured = {name: metric for name, metric in metrics().items() if name in names}
     scores = lk.evaluate(eval_step, state, data, measured)
-    outputs = torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
-    return scores, outputs
+    return scores, torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
+
+
+def evaluated(strategy, cases):
+    step, state = decorated(strategy), fresh()
+    step.set_up(state)
+    return {case: looked_at(state, *case) for case in cases}
 
 
 def eval_step(state, batch):
@@ -137,37 +141,40 @@ def metrics():
         "accuracy": MulticlassAccuracy(3),
         "auroc": MulticlassAUROC(3),
         "top": lambda preds, target: float((preds.argmax(1) == target).double().mean()),
+        "count": lambda preds, target: len(target),
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-@pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 4)])
-def test_evaluation_does_not_depend_on_ranks(strategy, world, batch_size):
-    """101 samples: loss, metrics and predictions are those of one process, on every rank."""
-    state = fresh()
-    inputs = torch.randn(101, 4, generator=torch.Generator().manual_seed(5))
-    labels = torch.randint(3, (101,), generator=torch.Generator().manual_seed(6))
-    data = DataLoader(TensorDataset(inputs, labels), batch_size)
-    expected = lk.evaluate(eval_step, state, data, metrics())
-    predicted = torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
-    for scores, outputs in POOL.run(world, evaluated, strategy, batch_size, 101):
-        assert scores == pytest.approx(expected, rel=1e-6)
-        assert scores["one"] == 1.0
-        torch.testing.assert_close(outputs, predicted)
+WHOLE = ("accuracy", "auroc", "top", "count")
+CASES = {
+    101: [(batch_size, 101, WHOLE) for batch_size in (1, 4, 32)],
+    50: [(3, count, ("accuracy", "count")) for count in range(1, 51)],
+    4: [(1, count, ("accuracy", "count")) for count in range(1, 5)],
+}
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_fewer_samples_than_ranks_are_evaluated(count):
-    """Ranks without a sample take part, and add nothing."""
+@pytest.mark.parametrize(
+    ("strategy", "world", "most"),
+    [
+        ("ddp", 2, 101), ("ddp", 3, 101), ("fsdp", 2, 101), ("fsdp", 4, 101),
+        ("ddp", 2, 50), ("ddp", 3, 50), ("fsdp", 4, 4),
+    ],
+)  # fmt: skip
+def test_evaluation_does_not_depend_on_ranks(strategy, world, most):
+    """Of any number of samples, in batches of any size, also fewer than ranks: all on every rank.
+
+    Loss, metrics and predictions are those of one process, and each sample counts once.
+    """
     state = fresh()
-    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(5))
-    labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(6))
-    data = DataLoader(TensorDataset(inputs, labels), 1)
-    measure = functools.partial(lk.evaluate, eval_step, state, data)
-    expected = measure({"accuracy": metrics()["accuracy"], "top": metrics()["top"]})
-    for scores, outputs in POOL.run(4, evaluated, "fsdp", 1, count, ("accuracy", "top")):
-        assert {k: scores[k] for k in expected} == pytest.approx(expected, rel=1e-6)
-        assert len(outputs) == count
+    found = POOL.run(world, evaluated, strategy, CASES[most])
+    for case in CASES[most]:
+        expected, predicted = looked_at(state, *case)
+        assert expected["count"] == case[1]
+        for ranks in found:
+            scores, outputs = ranks[case]
+            assert scores == pytest.approx(expected, rel=1e-6)
+            assert scores["one"] == 1.0
+            torch.testing.assert_close(outputs, predicted)
 
 
 def went_on(kind):
@@ -201,3 +208,23 @@ def branched():
 def test_a_state_that_is_spread_is_not_copied():
     """A snapshot of shards is an error that says what to do."""
     POOL.run(2, branched)
+
+
+def branched_later(folder):
+    """A restore, an update, and a branch that another step is set up on."""
+    step, other, state = decorated("ddp"), decorated("ddp"), fresh()
+    lk.Checkpointer(folder).restore(state)
+    next(lk.run(step, state, loader(), max_epochs=1))
+    branch = state.snapshot()
+    drawn, samples, position = torch.get_rng_state(), branch.samples, branch.position
+    other.set_up(branch)
+    if state.ranks.is_first:  # others are seeded apart
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert branch.samples == samples > 0
+    assert branch.position is position
+
+
+def test_a_branch_of_a_restored_run_begins_where_the_run_is(tmp_path):
+    """What was restored long ago is not gone back to when a branch is spread over ranks."""
+    POOL.run(2, trained, "ddp", str(tmp_path), 2)
+    POOL.run(2, branched_later, str(tmp_path))

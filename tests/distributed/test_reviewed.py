@@ -3,6 +3,7 @@
 import loopkit as lk
 import pytest
 import torch
+from loopkit.testing import assert_bitwise_equal
 from pool import POOL
 from test_parity import Blocks, fresh, whole
 from torch import nn
@@ -138,6 +139,59 @@ def test_each_rank_goes_on_in_a_stream_of_its_own(tmp_path):
         [1.0, 2.0, 3.0, 4.0],
         [101.0, 102.0, 103.0, 104.0],
     ]
+
+
+class Running(nn.Module):
+    """Statistics that each rank keeps of its own batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.head(self.norm(inputs))
+
+
+def buffers_of(state):
+    return {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+
+
+def with_statistics(strategy, data):
+    """Buffers before and after looking at a state in several ways, and what that gave."""
+    torch.manual_seed(0)
+    model = Running()
+    state = lk.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = lk.distributed(strategy)(lambda s, b: s.model(b[0]).square().mean())
+    run = iter(lk.run(step, state, data, max_epochs=1))
+    state = next(run)
+    mine, seen = buffers_of(state), []
+
+    def forward(s, b):
+        seen.append(s.model.norm.running_mean.clone())
+        return {"loss": s.model(b[0]).square().mean()}
+
+    scores = [lk.evaluate(forward, state, data) for _ in range(2)]
+    assert_bitwise_equal(buffers_of(state), mine)
+    for _ in lk.predict(forward, state, data):
+        assert_bitwise_equal(buffers_of(state), mine)
+        break
+    for index, _ in enumerate(lk.predict(forward, state, data)):
+        if index == 0:
+            next(run)  # the statistics are others now, for what is predicted next
+    return mine, scores, seen
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_looking_at_a_state_leaves_each_rank_its_buffers(strategy):
+    """Evaluations and predictions run with rank 0's, of that moment; then each has its own."""
+    data = [(torch.randn(5, 4) + i,) for i in range(8)]
+    (mine, scores, seen), (others, also, too) = POOL.run(2, with_statistics, strategy, data)
+    assert not torch.equal(mine["norm.running_mean"], others["norm.running_mean"])
+    assert scores == also
+    assert scores[0] == scores[1]
+    assert_bitwise_equal(seen, too)
+    assert torch.equal(seen[0], mine["norm.running_mean"])
+    assert not torch.equal(seen[-1], seen[0])
 
 
 def drawn_by_groups():

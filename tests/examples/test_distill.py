@@ -6,8 +6,9 @@ import distill
 def test_only_the_distilled_student_reads_the_unseen_digit(tmp_path, capsys, monkeypatch):
     """Without a 3 among the images, labels teach no 3; the teacher teaches some."""
     monkeypatch.setattr(distill, "TEACHER_EPOCHS", 6)
+    monkeypatch.setattr(distill, "EPOCHS", 30)
     path = tmp_path / "deep" / "accuracy.png"
-    scores = distill.main(["--epochs", "30", "--picture", str(path)])
+    scores = distill.main(path)
     assert scores["teacher"]["all digits"] > 0.95
     assert scores["labels"]["the 3s"] == 0
     assert scores["distilled"]["the 3s"] > 0.2

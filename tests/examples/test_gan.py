@@ -6,10 +6,11 @@ import torch
 import gan
 
 
-def test_its_drawings_teach_to_read_real_digits(tmp_path, capsys):
+def test_its_drawings_teach_to_read_real_digits(tmp_path, capsys, monkeypatch):
     """After 210 updates a reader of drawn digits is far above chance; no kind is drawn once."""
     path = tmp_path / "deep" / "samples.png"
-    score = gan.main(["--epochs", "10", "--picture", str(path)])
+    monkeypatch.setattr(gan, "EPOCHS", 10)
+    score = gan.main(path)
     assert score["read"] > 0.6
     assert score["variety"] > 0.08
     assert str(path) in capsys.readouterr().out

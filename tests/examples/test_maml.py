@@ -7,10 +7,11 @@ from torch.nn import functional as F
 import maml
 
 
-def test_one_step_helps_where_it_was_trained_for(tmp_path, capsys):
+def test_one_step_helps_where_it_was_trained_for(tmp_path, capsys, monkeypatch):
     """After 200 updates one inner step lowers MAML's error by a quarter, and the other's less."""
     path = tmp_path / "deep" / "waves.png"
-    errors = maml.main(["--updates", "200", "--picture", str(path)])
+    monkeypatch.setattr(maml, "UPDATES", 200)
+    errors = maml.main(path)
     assert errors["MAML", 1] < 0.75 * errors["MAML", 0]
     assert errors["MAML", 1] < 0.75 * errors["trained for the mean", 1]
     assert "MAML" in capsys.readouterr().out

@@ -6,7 +6,11 @@ each write, the process is killed or the power cut, and what is found then is re
 
 import io
 import itertools
+import os
+import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import loopkit as lk
 import pytest
@@ -18,17 +22,19 @@ from trainings import digest_of, make_state, restored, train
 LOSSES = [0.5, 0.1, 0.4, 0.3, 0.2]
 
 
-def save_ours(folder, state, digests, *, again=False):
+def save_ours(folder, state, digests, *, again=False, asynchronous=False):
     """Five saves, with scores that make the rotation keep an old one; one step twice."""
     disk = Recorder()
     options = lk.CheckpointOptions(disk=disk)
-    checkpoints = lk.Checkpointer(folder, monitor="loss", async_save=False, options=options)
+    settings = {"monitor": "loss", "async_save": asynchronous, "options": options}
+    checkpoints = lk.Checkpointer(folder, **settings)
     for i, loss in enumerate(LOSSES):
         if not (again and i == 3):
             train(state, 1, "ema")
         state.extras["save"] = i
         digests.append(digest_of(state))
         checkpoints.save(state, {"loss": loss})
+        checkpoints.wait()
         disk.note("acknowledged", len(digests))
     checkpoints.close()
     return disk.operations
@@ -174,3 +180,33 @@ def test_nothing_is_renamed_or_acknowledged_before_it_is_synced(tmp_path):
             dirty.add(paths[1].parent)
         elif operation == "acknowledged":
             assert not {path for path in dirty if path.exists() and path.name != ".lock"}
+
+
+def test_what_is_done_in_the_background_is_the_same(tmp_path):
+    """The same operations in the same order, so that what holds of one holds of the other."""
+
+    def shown(operations, folder):
+        for operation, *given in operations:
+            paths = [os.path.relpath(x, folder) for x in given if isinstance(x, Path)]
+            # The random part of a temporary folder's name
+            yield operation, [re.sub(r"(?<=-)[0-9a-f]{8}\b", "", path) for path in paths]
+
+    found = {}
+    for asynchronous in (False, True):
+        folder = tmp_path / str(asynchronous)
+        operations = save_ours(folder / "run", make_state(), [], asynchronous=asynchronous)
+        found[asynchronous] = [*shown(operations, folder)]
+    assert found[True] == found[False]
+    assert len(found[True]) > 100
+
+
+def test_nothing_is_written_outside_of_the_folder(tmp_path, monkeypatch):
+    """Where the system keeps temporary files does not matter: a rename is within one device."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "on another device"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    operations = save_ours(tmp_path / "run", make_state(), [])
+    paths = [path for _, *given in operations for path in given if isinstance(path, Path)]
+    made = [path for operation, path, *_ in operations if operation == "make_folder"]
+    assert made[0] == tmp_path / "run"
+    assert all(path.is_relative_to(tmp_path / "run") for path in paths if path != tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,6 +1,7 @@
 """Damage at rest is found and named; what someone plants is neither followed nor executed."""
 
 import ast
+import io
 import json
 import os
 import pickle
@@ -10,10 +11,11 @@ import zlib
 from pathlib import Path
 
 import loopkit as lk
+import numpy as np
 import pytest
 import torch
 from loopkit.checkpoint.folder import read_checkpoint
-from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, VERSION
 from loopkit.checkpoint.read import read
 
 from trainings import digest_of, make_state, restored, train
@@ -21,11 +23,16 @@ from trainings import digest_of, make_state, restored, train
 EXECUTED = []
 
 
+def explode():
+    """A function, found by its name: a bound method would be pickled with a copy of its list."""
+    EXECUTED.append("executed")
+
+
 class Bomb:
     """What runs code when it is unpickled."""
 
     def __reduce__(self):
-        return EXECUTED.append, ("executed",)
+        return explode, ()
 
 
 @pytest.fixture
@@ -239,7 +246,7 @@ def test_a_manifest_that_lies_is_found(two, lie):
 def test_a_later_version_of_the_format_says_to_upgrade(two):
     """It is not damage, and nothing older is taken in its place."""
     folder, _ = two
-    sign(newest(folder) / MANIFEST, lambda body: body.update(version=2))
+    sign(newest(folder) / MANIFEST, lambda body: body.update(version=VERSION + 1))
     with pytest.raises(lk.CheckpointError, match="upgrade"):
         restored(folder)
 
@@ -308,19 +315,56 @@ def test_every_part_is_needed(tmp_path):
         (path / "tree.json").write_bytes(good[1])
 
 
-def test_no_pickle_is_read_whatever_its_place(two):
-    """A bomb in each file, with checksums that are right, does not go off."""
-    folder, digests = two
+def of_torch(*, zipped):
+    file = io.BytesIO()
+    torch.save({"model": Bomb()}, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def of_numpy():
+    file = io.BytesIO()
+    np.save(file, np.array([Bomb()], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+PAYLOADS = {
+    "a pickle": lambda: pickle.dumps(Bomb()),
+    "a pickle as text": lambda: pickle.dumps(Bomb(), protocol=0),
+    "a torch.save": lambda: of_torch(zipped=True),
+    "a torch.save of old": lambda: of_torch(zipped=False),
+    "an array of objects": of_numpy,
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_pickle_is_read_whatever_its_place(two, payload, monkeypatch):
+    """A bomb in each file, with checksums that are right, does not go off, nor if torch would."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (folder, digests), bomb = two, PAYLOADS[payload]()
     for name in files_of(folder):
-        if name != MANIFEST:
-            path = folder.with_name("copy")
-            shutil.copytree(folder, path)
-            replace(newest(path), name, pickle.dumps(Bomb()))
-            assert falls_back(path, digests[0], "step 2: ")
-            shutil.rmtree(path)
-    (folder / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(lk.CheckpointError, match="weights_only=True"):
-        lk.load_weights(make_state().model, folder / "bomb.pt")
+        path = folder.with_name("copy")
+        shutil.copytree(folder, path)
+        if name == MANIFEST:
+            (newest(path) / name).write_bytes(bomb)
+        else:
+            replace(newest(path), name, bomb)
+        assert falls_back(path, digests[0], "step 2: ")
+        shutil.rmtree(path)
+    for name in ("bomb.pt", "bomb.safetensors"):
+        (folder / name).write_bytes(bomb)
+        with pytest.raises(lk.CheckpointError, match="weights_only=True"):
+            lk.load_weights(make_state().model, folder / name)
+
+
+def test_the_bombs_are_live():
+    """Who does read them as what they are runs their code: the test above could fail."""
+    for payload in ("a pickle", "a pickle as text"):
+        pickle.loads(PAYLOADS[payload]())
+    for payload in ("a torch.save", "a torch.save of old"):
+        torch.load(io.BytesIO(PAYLOADS[payload]()), weights_only=False)
+    np.load(io.BytesIO(PAYLOADS["an array of objects"]()), allow_pickle=True)
+    assert len(EXECUTED) == 5
+    EXECUTED.clear()
 
 
 @pytest.mark.parametrize("which", ["latest", "a path"])

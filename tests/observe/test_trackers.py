@@ -171,7 +171,9 @@ def test_wandbs_own_reader_reads_the_offline_run(wandb_offline, monkeypatch):
     with tracker() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(  # it leaves a log where it runs
+            command, capture_output=True, text=True, timeout=120, check=False, cwd=wandb_offline
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (wandb_offline / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
