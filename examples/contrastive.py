@@ -6,8 +6,8 @@
 One network sees upper halves, the other lower halves; InfoNCE pulls the two halves of one
 image together, and pushes those of all other images apart: of all ranks, under torchrun.
 
-1,000 updates, 12 s of processor time: of 400 digits never seen, 29 % of the upper halves
-choose their own lower half first (by chance: 0.25 %), and 71 % have it among five.
+1,000 updates, 13 s of processor time: of 400 digits never seen, 27.5 % of the upper halves
+choose their own lower half first (by chance: 0.25 %), and 66 % have it among five.
 
 Source: https://arxiv.org/abs/1807.03748, https://arxiv.org/abs/2103.00020
 """

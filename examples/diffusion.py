@@ -6,8 +6,8 @@ The network learns what is noise in a noisy digit; drawing starts from noise alo
 some of it away, again and again. It is judged by how well one learns to read real digits
 from drawn ones alone.
 
-1,760 updates, 30 s of processor time: three nearest neighbours among 1,500 drawn digits read
-96.5 % of 400 real ones (98.8 % among real ones).
+1,100 updates, 30 s of processor time: three nearest neighbours among 1,500 drawn digits read
+97.2 % of 400 real ones (98.8 % among real ones).
 
 Source: https://arxiv.org/abs/2006.11239, https://arxiv.org/abs/2202.00512 (velocity, DDIM)
 """
@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-EPOCHS, BATCH_SIZE, PEAK_LR, WIDTH, DRAW_STEPS = 160, 128, 2e-3, 512, 40
+EPOCHS, BATCH_SIZE, PEAK_LR, WIDTH, DRAW_STEPS = 100, 128, 2e-3, 256, 40
 
 
 def digits():
@@ -41,17 +41,19 @@ class Denoiser(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.digit = nn.Embedding(10, 64)
-        self.layers = nn.Sequential(
-            nn.Linear(64 + 32 + 64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
-            nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
-            nn.Linear(WIDTH, 64),
-        )  # fmt: skip
+        self.digit, self.enter = nn.Embedding(10, 64), nn.Linear(64 + 32 + 64, WIDTH)
+        self.blocks, self.leave = nn.ModuleList(), nn.Linear(WIDTH, 64)
+        for _ in range(4):
+            hidden = nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH)
+            self.blocks.append(nn.Sequential(nn.LayerNorm(WIDTH), *hidden))
 
     def forward(self, noisy, angle, labels):
         """Velocities (n, 64) of images (n, 64) at angles (n, 1)."""
         waves = angle * torch.logspace(0, 2, 16, device=angle.device)
-        return self.layers(torch.cat([noisy, waves.sin(), waves.cos(), self.digit(labels)], 1))
+        x = self.enter(torch.cat([noisy, waves.sin(), waves.cos(), self.digit(labels)], 1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.leave(x)
 
 
 def mixed(image, noise, angle):

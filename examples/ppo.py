@@ -1,7 +1,8 @@
 """PPO on CartPole-v1, and on Pendulum-v1, whose action is continuous.
 
-    python examples/ppo.py      # the last 100 episodes return 475 and -196: 50 s of CPU
+    python examples/ppo.py      # with the extra examples-all
 
+The last 100 episodes return 475 after 20 s of processor time, and -196 after another 28 s.
 Stop it when you like and run it again: it goes on bit for bit, environments included.
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
 """

@@ -1,10 +1,12 @@
 """README and guides: their code runs, and prints what they say; their links lead somewhere."""
 
+import ast
 import contextlib
 import importlib
 import io
 import re
 import sys
+import tokenize
 import types
 from pathlib import Path
 
@@ -58,6 +60,29 @@ def test_the_index_of_examples_has_them_all():
     names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
     assert len(names) >= 16
     assert [name for name in names if f"| `{name}` |" not in index] == []
+
+
+def lines_of_code(path):
+    """Without blank lines, comments and docstrings."""
+    tree, lines = ast.parse(path.read_text()), set()
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    told = [n.body[0] for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)]
+    silent = {number for node in told for number in range(node.lineno, node.end_lineno + 1)}
+    without = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in {*without, tokenize.ENCODING, tokenize.ENDMARKER}:
+                lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - silent)
+
+
+def test_the_index_of_examples_counts_their_lines():
+    """What it says beside well-known files is what is there, and none is above 135 in all."""
+    index = (ROOT / "examples" / "README.md").read_text()
+    said = dict(re.findall(r"^\| `(\w+\.py)`: (\d+)", index, re.MULTILINE))
+    files = sorted((ROOT / "examples").glob("*.py"))
+    assert said == {path.name: str(lines_of_code(path)) for path in files}
+    assert max(len(path.read_text().splitlines()) for path in files) <= 135
 
 
 def test_the_readme_shows_code():

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from loopkit.checked import check_module
+from loopkit.checked import check_model
 from loopkit.checkpoint.commit import write_file
 from loopkit.checkpoint.difference import frozen_names, mismatched, shown, without
 from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
@@ -162,7 +162,7 @@ def load_weights(
         1 loaded
         1 unexpected in the file: bias
     """
-    check_module(f"lk.load_weights(model, {str(path)!r:.80})", model)
+    check_model(model, f"lk.load_weights(model, {str(path)!r:.80})")
     weights = {n.removeprefix(prefix): w for n, w in _read_weights(place_of(path)).items()}
     here = model.state_dict()
     report = _compare(here, weights)

@@ -238,4 +238,4 @@ def _tell_unsaved(lost: dict[str, str]) -> None:
         " wrong for what changes in training, to which give the two methods"
     )
     logger.warning("{}", message)
-    warnings.warn(message, CheckpointWarning, stacklevel=7)  # where checkpoints.save was called
+    warnings.warn(message, CheckpointWarning, stacklevel=6)  # where checkpoints.save was called

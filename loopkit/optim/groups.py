@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from loopkit.checked import check_module
+from loopkit.checked import check_model
 from loopkit.errors import UsageError
 
 KINDS = ("bias", "embedding", "kernel", "matrix", "norm")
@@ -84,7 +84,7 @@ def param_groups(model: nn.Module, rules: Rules) -> list[dict[str, Any]]:
         >>> [(group["name"], len(group["params"])) for group in param_groups(model, rules)]
         [('0.weight', 1), ('bias, norm', 3), ('matrix', 1)]
     """
-    check_module("param_groups(model, rules)", model)
+    check_model(model, "param_groups(model, rules)")
     if not isinstance(rules, Mapping):
         raise UsageError(
             f"param_groups(model, {rules!r:.60})",

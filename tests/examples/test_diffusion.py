@@ -8,7 +8,7 @@ import diffusion
 
 def test_its_drawings_teach_to_read_real_digits(tmp_path, capsys, monkeypatch):
     """After 165 updates a reader of drawn digits alone is far above chance, which is 10 %."""
-    for name, value in {"EPOCHS": 15, "DRAW_STEPS": 15, "WIDTH": 256}.items():
+    for name, value in {"EPOCHS": 15, "DRAW_STEPS": 15}.items():
         monkeypatch.setattr(diffusion, name, value)
     path = tmp_path / "deep" / "samples.png"
     assert diffusion.main(path) > 0.4
