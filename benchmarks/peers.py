@@ -501,12 +501,19 @@ def one(peer: str, task: str, mode: str, scale: float) -> dict[str, Any]:
 
 
 def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the results: for each peer, task and mode all processes together."""
+    """The rows of the results: for each peer, task and mode all processes together.
+
+    What was summed up before, and has no pairs, counts where no process has any.
+    """
     cells = {
         (peer, task, mode): [f for f in found if cell_of(f) == (peer, task, mode)]
         for task, mode, peer in itertools.product(TASKS, MODES, PEERS)
     }
-    return [summed_up(*cell, processes) for cell, processes in cells.items() if processes]
+    rows = []
+    for cell, processes in cells.items():
+        measured = [process for process in processes if "pairs" in process]
+        rows += [summed_up(*cell, measured)] if measured else processes[:1]
+    return rows
 
 
 def cell_of(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -617,7 +624,7 @@ def _once(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-TITLES = {"mlp": "tiny MLP", "conv": "small convolutional network", "gpt": "small GPT"}
+TITLES = {"mlp": "tiny MLP", "conv": "small conv net", "gpt": "small GPT"}
 MODES = {"plain": "plain", "full": "bf16, 4 micro-batches, clip, schedule"}
 COLOURS = {"loopkit": "#d1495b", "by hand": "#d8dee9"}
 
@@ -663,6 +670,7 @@ def _draw(axis: Any, some: list[dict[str, Any]]) -> None:
     for i, r in enumerate(some):
         text = f"{per_cent['ratio'][i]:+.1f} % ({r['extra_us_micro']:+.0f} us)"
         axis.text(max(per_cent["high"][i], 0) + widest / 60, i, text, va="center", fontsize=8)
+    axis.set_ylim(-0.6, max(len(some), 6) - 0.4)
     axis.set_xlim(min(*per_cent["low"], 0), widest * 1.5)
     axis.axvline(0, color="#2e3440", linewidth=0.8)
     axis.tick_params(labelsize=8)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import CompositionError, UsageError
+from loopkit.given import check_state
 from loopkit.state import TrainState
 
 STATISTICS = "(statistics)"  # no name of a parameter
@@ -106,8 +107,9 @@ def kept_averages(state: TrainState, name: str, call: str) -> Averages:
     """The averages that the state keeps under `name`, also those restored for its first update.
 
     Raises:
-        UsageError: If it keeps none.
+        UsageError: If it keeps none, or is no state.
     """
+    check_state(call, state)
     kept = state.kept(name)
     if isinstance(kept, Averages) and not kept.weights:
         raise UsageError(

@@ -13,19 +13,28 @@ from loopkit.ranks import Ranks
 WRAPPERS = {"DistributedDataParallel": "", "FullyShardedDataParallel": '"fsdp"'}
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, call: str) -> None:
+    """Check that it is a module.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            call,
+            f"a model of type {type(model).__name__}",
+            "a torch.nn.Module as the model",
+        )
+
+
+def check_trained(model: object) -> None:
     """Check that it is a module, and that nothing wraps it which `distributed` is there for.
 
     Raises:
         UsageError: If not.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            "lk.TrainState(model, optimizer)",
-            f"a model of type {type(model).__name__}",
-            "a torch.nn.Module as the model",
-        )
-    for name, module in model.named_modules():
+    check_model(model, "lk.TrainState(model, optimizer)")
+    for name, module in model.named_modules():  # type: ignore[attr-defined]
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS:
                 _refuse_wrapped(f"model.{name}" if name else "model", kind.__name__)
@@ -69,7 +78,7 @@ def check_parts(
     """Check that a state dict has all parts, and something for each feature that the state keeps.
 
     Raises:
-        UsageError: If not.
+        UsageError: If it is none.
     """
     if parts != state_dict.keys():
         raise UsageError(

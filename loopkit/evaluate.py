@@ -15,6 +15,7 @@ from loopkit.data.order import Uneven
 from loopkit.device import prefetch
 from loopkit.errors import OutputError, Preempted, UsageError
 from loopkit.feed import counted, reading
+from loopkit.given import check_data
 from loopkit.limits import batch_limit, empty, known_length
 from loopkit.metrics import Meter, meters
 from loopkit.modes import eval_modes, untouched_rng
@@ -115,6 +116,7 @@ def evaluate(
     try:
         with kept, eval_modes(state), state.ranks.evaluating(state.model):
             for name, loader in named.items():
+                check_data("evaluate(step, state, data)", loader)
                 context = _gradless(inference_mode)
                 outputs = outputs_of(lifted, state, loader, limit_batches, context)
                 found = _measure(outputs, measures, state)

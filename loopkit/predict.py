@@ -18,6 +18,7 @@ from loopkit.compose import eval_step
 from loopkit.device import to_device
 from loopkit.errors import DataError
 from loopkit.evaluate import outputs_of
+from loopkit.given import check_data, check_state
 from loopkit.modes import eval_modes
 from loopkit.nested import map_tensors
 from loopkit.state import TrainState
@@ -71,6 +72,7 @@ def predict(
         inference_mode: `torch.inference_mode`, else `torch.no_grad`.
 
     Raises:
+        UsageError: For what is no state or no data.
         DataError: For a loader that shuffles, or empty data.
 
     Example:
@@ -79,6 +81,8 @@ def predict(
         >>> list(predict(lambda state, x: x + 1, state, [torch.zeros(2)]))
         [tensor([1., 1.])]
     """
+    check_state("predict(step, state, data)", state)
+    check_data("predict(step, state, data)", data)
     if _shuffles(data):
         raise DataError(
             "predict(step, state, loader)",

@@ -13,6 +13,7 @@ from loguru import logger
 from loopkit.compose import train_step
 from loopkit.errors import DataError, UsageError
 from loopkit.feed import check_exhausted, feed_sized, feed_unsized, reading
+from loopkit.given import check_data
 from loopkit.interrupt import Interruptible
 from loopkit.limits import Limits, Time, empty, known_length
 from loopkit.opening import opened, read_again
@@ -294,7 +295,7 @@ def run(
         An iterator, and context manager, with `.total_steps` and `.finish()`.
 
     Raises:
-        UsageError: For a limit that cannot be right.
+        UsageError: For a limit that cannot be right, and what is no data.
         DataError: For data that is empty, or runs out where more was asked for.
 
     Example:
@@ -306,6 +307,7 @@ def run(
         >>> updates.total_steps, [state.step for state in updates]
         (6, [1, 2, 3, 4, 5, 6])
     """
+    check_data("run(step, state, data)", data)
     lifted = train_step(step)
     part = lifted.set_up(_checked(state)).ranks.share(data)
     limits = Limits.of(part, max_epochs, max_steps, max_time, limit_batches)

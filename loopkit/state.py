@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 
-from loopkit.checked import as_vote, check_model, check_optimizer, check_parts
+from loopkit.checked import as_vote, check_optimizer, check_parts, check_trained
 from loopkit.errors import CompositionError
 from loopkit.outcome import Outcome
 from loopkit.plain import restore, saveable, saved
@@ -109,7 +109,7 @@ class TrainState:
     _own: dict[str, Tensor] | None = None  # the model's own weights, while others are swapped in
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, **extras: Any) -> None:
-        check_model(model)
+        check_trained(model)
         if optimizer is not None:
             check_optimizer(model, optimizer)
         self.__attrs_init__(model, optimizer, extras)

@@ -1,5 +1,6 @@
 """Trainings that are cut, saved and gone on with, in every way, on one process and on several."""
 
+import gc
 import os
 import random
 import warnings
@@ -56,9 +57,11 @@ class Stream(IterableDataset):
 
 
 def loader(dataset, workers, kind=DataLoader, **settings):
-    # Ranks that were spawned would spawn their workers, which takes seconds
-    context = "fork" if workers else None
-    return kind(dataset, SIZE, num_workers=workers, multiprocessing_context=context, **settings)
+    if workers:
+        gc.collect()  # here: a worker that did it at its very start would hang on a DDP of before
+        # Ranks that were spawned would spawn their workers, which takes seconds
+        settings |= {"multiprocessing_context": "fork", "timeout": 60}
+    return kind(dataset, SIZE, num_workers=workers, **settings)
 
 
 def stateful(dataset, workers, **settings):

@@ -68,6 +68,7 @@ parallel.failure parallel.repoint
 parallel.environment parallel
 types modes metrics averages
 updates every stop
+given
 state feed
 limits device output opening functional graphs background
 restored

@@ -166,12 +166,13 @@ def test_a_window_has_a_graph_for_its_micro_batches_and_one_for_the_rest():
 
 
 def test_weights_as_tensors_stay_in_the_graph():
-    """Micro-batches of unequal weights give the mean over all, as uncompiled."""
+    """Micro-batches of unequal weights give the mean over all, as uncompiled; numbers, too."""
 
     def weighted(state, batch):
         inputs, labels = batch
-        loss = F.cross_entropy(state.model(inputs), labels, ignore_index=2)
-        return {"loss": loss, "weight": (labels != 2).sum(), "kept": (labels != 2).sum()}
+        loss, kept = F.cross_entropy(state.model(inputs), labels, ignore_index=2), labels != 2
+        numbers = {"half": 0.5, "long": len(labels) > 3, "size": len(labels), "word": "w"}
+        return {"loss": loss, "weight": kept.sum(), "kept": kept.sum(), **numbers}
 
     ours, theirs = state_of(), state_of()
     accumulated = lk.with_grad_accum(3)(weighted)
@@ -180,7 +181,8 @@ def test_weights_as_tensors_stay_in_the_graph():
         train(with_compile()(accumulated), ours, make_batches())
     train(accumulated, theirs, make_batches())
     assert_close(ours.model.state_dict(), theirs.model.state_dict())
-    assert_close(ours.metrics["kept"], theirs.metrics["kept"])
+    assert ours.metrics.keys() == theirs.metrics.keys() == {*"loss kept half long size lr".split()}
+    assert_close(ours.metrics, theirs.metrics)
 
 
 def test_a_restored_optimizer_goes_on_with_its_own_state():

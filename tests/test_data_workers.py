@@ -1,5 +1,6 @@
 """Workers of a loader: hung, killed, raising, or still busy: found out, named, and gone."""
 
+import gc
 import os
 import re
 import signal
@@ -156,6 +157,50 @@ def test_the_users_own_worker_init_is_called(capfd):
     ]
     assert len(list_of) == 4
     assert sorted(capfd.readouterr().out.split("\n"))[-2:] == ["worker 0 began", "worker 1 began"]
+
+
+COLLECTED = []
+
+
+class Lost:
+    """What only the garbage collector finds, as torch's engine of a training that is over."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        COLLECTED.append(os.getpid())
+
+
+class Collecting(Dataset):
+    """Samples that say how much was collected here."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        gc.collect()
+        return torch.tensor([float(len(COLLECTED))])
+
+
+def test_workers_do_not_collect_what_their_process_lost():
+    """Its end may wait for threads that are not there after a fork, and then the worker hangs."""
+    gc.collect()
+    gc.disable()
+    try:
+        Lost()
+        COLLECTED.clear()
+        data = DataLoader(Collecting(), 1, num_workers=1)
+        seen = [float(state.loss) for state in lk.run(batch_mean, tiny_state(), data, max_epochs=1)]
+    finally:
+        gc.enable()
+    assert seen == [0.0] * 4
+    gc.collect()
+    assert [os.getpid()] == COLLECTED
+
+
+def batch_mean(state, batch):
+    return batch.mean() + 0 * state.model(batch).sum()
 
 
 @pytest.mark.parametrize("persistent", [False, True])

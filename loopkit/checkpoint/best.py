@@ -1,6 +1,7 @@
 """The best checkpoint, at the end of a run."""
 
 from loopkit.errors import CheckpointError
+from loopkit.given import check_state
 from loopkit.state import TrainState
 
 
@@ -28,6 +29,7 @@ def load_best(state: TrainState) -> None:
         >>> state.step
         1
     """
+    check_state("lk.load_best(state)", state)
     if state.checkpoints is None:
         raise CheckpointError(
             "lk.load_best(state)",

@@ -28,6 +28,7 @@ from loopkit.checkpoint.snapshot import Scores, checked_scores
 from loopkit.closing import Closing
 from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
 from loopkit.every import Every, Interval, Moment
+from loopkit.given import check_state
 from loopkit.ranks import ALONE, together
 from loopkit.state import TrainState
 
@@ -136,6 +137,7 @@ class Checkpointer(Closing):
             CheckpointError: If an earlier save failed, another process saves in the folder,
                 or the folder holds later checkpoints that the state does not come from.
         """
+        check_state("checkpoints.save(state)", state)
         numbers = {} if scores is None else checked_scores(scores, self.monitor)
         ranks, saver = state.ranks, self._saver
         if ranks.from_first(saver.drops):
@@ -250,6 +252,7 @@ class Checkpointer(Closing):
                 not this user's, and `options` ask for that.
             UsageError: For `"best"` without a `monitor`.
         """
+        check_state("checkpoints.restore(state)", state)
         order, broken = together(state.ranks, RESTORE, lambda: self._order(which))
         self._saver.join()
         if which in WORDS:

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
+from loopkit.checked import check_model
 from loopkit.checkpoint.commit import write_file
 from loopkit.checkpoint.difference import frozen_names, mismatched, shown, without
 from loopkit.checkpoint.disk import Disk, is_folder, read_bytes
@@ -76,7 +77,7 @@ def export(state: TrainState | nn.Module, path: str | Place, *, frozen: bool = T
         The path.
 
     Raises:
-        UsageError: If the model's state holds what is no tensor.
+        UsageError: If the model's state holds what is no tensor, or there is no model.
 
     Example:
         >>> import tempfile
@@ -85,6 +86,12 @@ def export(state: TrainState | nn.Module, path: str | Place, *, frozen: bool = T
         ...     print(load_weights(nn.Linear(2, 1), path))
         2 loaded
     """
+    if not isinstance(state, TrainState | nn.Module):
+        raise UsageError(
+            f"lk.export(state, {str(path)!r:.80})",
+            f"a {type(state).__name__}",
+            "a state or a model first, and the path second",
+        )
     model = state if isinstance(state, nn.Module) else state.model
     ranks = ALONE if isinstance(state, nn.Module) else state.ranks
     weights = model.state_dict()
@@ -155,6 +162,7 @@ def load_weights(
         1 loaded
         1 unexpected in the file: bias
     """
+    check_model(model, f"lk.load_weights(model, {str(path)!r:.80})")
     weights = {n.removeprefix(prefix): w for n, w in _read_weights(place_of(path)).items()}
     here = model.state_dict()
     report = _compare(here, weights)

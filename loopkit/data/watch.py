@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import threading
@@ -27,6 +28,9 @@ STACK_SIGNAL = getattr(signal, "SIGUSR2", None)
 class Traced:
     """A `worker_init_fn` that calls another, and lets the worker's stack be asked for.
 
+    What the process had lost track of when it forked is not the worker's to collect: a process
+    group or a DDP of an earlier training would wait there for threads that did not come along.
+
     Attributes:
         inner: The loader's own, if it has one.
     """
@@ -35,6 +39,7 @@ class Traced:
 
     def __call__(self, worker: int) -> None:
         """Run in a worker when it begins."""
+        gc.freeze()
         if STACK_SIGNAL is not None and hasattr(os, "memfd_create"):
             faulthandler.register(STACK_SIGNAL, os.memfd_create(STACK), all_threads=True)
         if self.inner is not None:

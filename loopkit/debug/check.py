@@ -124,10 +124,11 @@ def check(
     at_least_one(call, "updates", updates)
     if classes is not None:
         at_least_one(call, "classes", classes)
-    if isinstance(batch, Iterator) or hasattr(batch, "batch_sampler"):
+    if batch is None or isinstance(batch, Iterator) or hasattr(batch, "batch_sampler"):
+        gives = ", which gives batches," if batch is not None else ""
         raise UsageError(
             "lk.debug.check(step, state, batch)",
-            f"a {type(batch).__name__}, which gives batches, as the batch",
+            f"a {type(batch).__name__}{gives} as the batch",
             "one of them: lk.debug.check(step, state, next(iter(loader)))",
         )
     samples = batch_size(batch)

@@ -88,6 +88,12 @@ def find_batch_size(
         at_least_one(call, name, value)
     if start > most:
         raise UsageError(call, f"start = {start} above most = {most}", "start: at most `most`")
+    if not callable(make_batch):
+        raise UsageError(
+            call,
+            f"a {type(make_batch).__name__} as make_batch",
+            "a function of the size: lambda n: next(iter(DataLoader(dataset, n)))",
+        )
     lifted = train_step(step)
     if lifted.set_up(state).ranks.size > 1:
         raise UsageError(

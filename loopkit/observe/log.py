@@ -95,18 +95,19 @@ class Log(Closing):
         """Records that a sink could not take, over all sinks."""
         return sum(guarded.lost for guarded in self._delivery.sinks)
 
-    def __call__(self, state: TrainState, /, **values: Any) -> None:
+    def __call__(self, state: TrainState, /, *unnamed: Any, **values: Any) -> None:
         """Log values at the state's update; without any, `state.metrics`.
 
         Args:
             state: Whose clock the record has.
+            *unnamed: None: a value without a name is an error.
             **values: Numbers, text, or tensors of one element, on any device; a name may
                 hold slashes (`**{"val/loss": loss}`), which trackers show as groups.
 
         Raises:
             UsageError: For a value that is none of these, or a log that was closed.
         """
-        self._check(state)
+        self._check(state, unnamed)
         if not is_main_rank():
             return
         fetched = fetch("log(state, ...)", values or state.metrics)
@@ -153,7 +154,13 @@ class Log(Closing):
         """Write what was logged, and close the sinks."""
         self._finalizer()
 
-    def _check(self, state: object) -> None:
+    def _check(self, state: object, unnamed: tuple[Any, ...]) -> None:
+        if unnamed:
+            raise UsageError(
+                "log(state, ...)",
+                f"a {type(unnamed[0]).__name__} without a name",
+                "log(state, loss=loss), or of a mapping log(state, **scores)",
+            )
         if not isinstance(state, TrainState):
             raise UsageError(
                 "log(state, ...)", f"a {type(state).__name__} as the state", "log(state, loss=loss)"

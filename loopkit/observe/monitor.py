@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loopkit.errors import UsageError
+from loopkit.given import check_state
 from loopkit.state import TrainState
 
 GIB = 2**30
@@ -35,6 +36,7 @@ def learning_rates(state: TrainState, *more: str) -> dict[str, Any]:
         >>> learning_rates(TrainState(model, torch.optim.SGD(groups, lr=0.1)), "momentum")
         {'lr/matrix': 0.1, 'momentum/matrix': 0, 'lr/1': 0.1, 'momentum/1': 0}
     """
+    check_state("learning_rates(state)", state)
     if state.optimizer is None:
         raise UsageError(
             "learning_rates(state)", f"{state!r}", "a state that is trained: it has an optimizer"
@@ -79,6 +81,7 @@ def device_stats(state: TrainState) -> dict[str, float]:
         >>> sorted(device_stats(TrainState(torch.nn.Linear(1, 1))))[:2]
         ['device/memory_gib', 'device/peak_gib']
     """
+    check_state("device_stats(state)", state)
     device = state.device
     stats = _of_cpu() if device.type in {"cpu", "meta"} else _of_accelerator(device)
     return {f"device/{name}": value for name, value in stats.items()}

@@ -140,6 +140,12 @@ def summary(model: nn.Module | TrainState, batch: Any = None, *, depth: int = 3)
 
     Source: torch.utils.flop_counter
     """
+    if hasattr(batch, "batch_sampler") or isinstance(batch, Iterator):
+        raise UsageError(
+            "summary(model, batch)",
+            f"a {type(batch).__name__}, which gives batches",
+            "what the model takes: inputs, _ = next(iter(loader)); summary(model, inputs)",
+        )
     state = model if isinstance(model, TrainState) else TrainState(model)
     root = state.model
     if lazy := [name for name, p in root.named_parameters() if is_lazy(p)]:

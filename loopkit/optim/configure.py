@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loopkit.checked import check_model
 from loopkit.errors import UsageError
 from loopkit.optim.create import create_optimizer
 from loopkit.optim.groups import KINDS, Rules, named_parameters, param_groups
@@ -52,6 +53,7 @@ def configure_optimizer(
         raise UsageError(
             f"configure_optimizer(..., no_decay={no_decay!r})", "a str", f"no_decay=({no_decay!r},)"
         )
+    check_model(model, f"configure_optimizer(model, {name!r:.40}, ...)")
     groups = param_groups(model, _rules(model, name, no_decay))
     if groups[-1]["name"] == "rest":
         groups[-1] |= {"name": "decay", "optimizer": "adamw" if name == "muon" else name}

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 from torch import nn
 
+from loopkit.checked import check_model
 from loopkit.errors import UsageError
 
 KINDS = ("bias", "embedding", "kernel", "matrix", "norm")
@@ -83,6 +84,13 @@ def param_groups(model: nn.Module, rules: Rules) -> list[dict[str, Any]]:
         >>> [(group["name"], len(group["params"])) for group in param_groups(model, rules)]
         [('0.weight', 1), ('bias, norm', 3), ('matrix', 1)]
     """
+    check_model(model, "param_groups(model, rules)")
+    if not isinstance(rules, Mapping):
+        raise UsageError(
+            f"param_groups(model, {rules!r:.60})",
+            f"rules of type {type(rules).__name__}",
+            'a mapping from patterns or kinds to settings: {"bias": {"weight_decay": 0.0}}',
+        )
     every = named_parameters(model)
     rest = [named for named in every if named.parameter.requires_grad]
     if not rest:

@@ -38,7 +38,8 @@ def plot_schedule(
         'lr.png'
     """
     call = f"plot_schedule(..., {str(path)!r})"
-    curves = {"": schedules} if callable(schedules) else {**schedules}
+    named = schedules if isinstance(schedules, Mapping) else {}
+    curves = {"": schedules} if callable(schedules) else {**named}
     if not curves or not all(map(callable, curves.values())):
         raise UsageError(
             call,

@@ -50,17 +50,30 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def stopping():
+    """Two that wait out their time limit while the other tests run."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pair = [*ranks("stops", port)]
+    yield pair
+    for process in pair:
+        with process:
+            process.kill()
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", MOST_S)
-def test_the_other_rank_ends_and_names_the_failed_one(kind, free_port, record_property):
+def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, free_port, record_property):
     """An error, a kill, an exit or a stop of rank 1 ends rank 0 in bounded time, with its name."""
-    first, second = ranks(kind, free_port)
+    first, second = stopping if kind == "stops" else ranks(kind, free_port)
     try:
         output, _ = first.communicate(timeout=120)
     finally:
         first.kill()
         second.kill()
-        others, _ = second.communicate()
+    others, _ = second.communicate()
     seconds = float(re.search(r"rank 0 ended at ([\d.]+)", output)[1])
     seconds -= float(re.search(r"fault at ([\d.]+)", others)[1])
     last = "\n".join(output.strip().splitlines()[-2:])

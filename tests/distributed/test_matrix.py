@@ -107,7 +107,6 @@ def trained(model, strategy, function, data, before=None, accumulate=1):
 CASES = {
     "ddp, compiled": (Blocks, "ddp", classifier, compiled),
     "fsdp, compiled": (Blocks, "fsdp", classifier, compiled),
-    "ddp, with_compile": (Blocks, "ddp", classifier, decorated),
     "fsdp, with_compile": (Blocks, "fsdp", classifier, decorated),
     "ddp, checkpointed": (Recomputed, "ddp", classifier, None),
     "fsdp, checkpointed": (Recomputed, "fsdp", classifier, None),

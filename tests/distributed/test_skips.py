@@ -1,5 +1,7 @@
 """What is not finite on one rank is skipped, or raised, on all of them."""
 
+import time
+
 import loopkit as lk
 import pytest
 import torch
@@ -99,10 +101,12 @@ def test_a_nan_on_one_rank_is_skipped_by_all(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1"])
-def test_a_nan_on_one_rank_is_an_error_on_all(strategy):
+def test_a_nan_on_one_rank_is_an_error_on_all(strategy, record_property):
     """Every rank raises before the update is made, and the weights are those before it."""
-    data = batches(12, bad={5}, dtype=torch.float64)
+    data, began = batches(12, bad={5}, dtype=torch.float64), time.monotonic()
     found = POOL.run(2, watched, strategy, "raise", data)
+    record_property("seconds", f"{time.monotonic() - began:.1f}")
+    record_property("outcome", f"each rank: {found[0][1].splitlines()[0]:.70}")
     state = fresh(torch.float64)
     train_by_hand(rooted, state, data[:4], accumulate=2, clip=1.0)
     for applied, error, weights in found:
