@@ -74,7 +74,6 @@ def draw(losses: list[float], scores: list[dict[str, float]]) -> Path:
     left.set(title="training loss", xlabel="update", ylabel="cross entropy (smoothed labels)")
     epochs = range(1, len(scores) + 1)
     right.plot(epochs, [100 * s["accuracy"] for s in scores], marker="o", ms=3, color="tab:green")
-    right.axhline(97, color="gray", ls="--", lw=0.8)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set(title="test accuracy (averaged weights)", xlabel="epoch", ylabel="%")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
