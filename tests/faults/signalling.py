@@ -46,6 +46,8 @@ def live(folder, report, rng, begun):
     checkpoints = lk.Checkpointer(folder, async_save=rng.random() < 0.5)
     report.write_text("")
     checkpoints.restore(state)
+    if state.step == UPDATES:  # the life before was stopped at its very end
+        report.write_text(f"{state.step} {digest_of(state)}")
     updates = lk.run(STEPS["ema"], state, make_batches(), max_steps=UPDATES)
     try:
         for state in lk.preemptible(announced(updates, begun), checkpoints):
