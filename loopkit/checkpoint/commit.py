@@ -69,7 +69,11 @@ class Store:
             missing.append(path)
             path = path.parent
         for path in reversed(missing):
-            self._make_folder(path, private=self.private and path == missing[0])
+            try:
+                self._make_folder(path, private=self.private and path == missing[0])
+            except FileExistsError:  # another process was first; the lock is for one of them
+                if not path.is_dir():
+                    raise
             self.disk.sync_folder(path.parent)
 
     def _make_folder(self, path: Path, *, private: bool) -> None:
