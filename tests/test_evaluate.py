@@ -230,7 +230,7 @@ def test_any_iterable_is_evaluated_whole(data):
     before = children()
     for _ in range(2):
         assert lk.evaluate(lambda state, x: x.mean(), tiny_state(), data) == {"loss": 2.5}
-    assert children() == before
+    assert children() <= before
 
 
 @pytest.mark.parametrize("data", [[], Counted([]), iter([]), {}, {"val": []}])

@@ -246,7 +246,7 @@ def test_no_worker_is_left_behind(step, limits, stop, wrap):
         stop(lambda: lk.run(step, tiny_state(), wrap(loader(8, 1)), **limits))
     except RuntimeError as error:
         kept = error
-    assert children() == before
+    assert children() <= before
     del kept
 
 
@@ -259,7 +259,7 @@ def test_a_run_that_is_held_ends_its_workers_when_it_is_dropped():
     assert len(children() - before) == 1
     assert next(updates).step == 2
     del updates
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_sample_that_cannot_be_read_ends_the_workers():
@@ -267,7 +267,7 @@ def test_a_sample_that_cannot_be_read_ends_the_workers():
     before = children()
     with pytest.raises(LookupError, match="sample 3 is gone") as kept:
         finish(lk.run(mean_output, tiny_state(), loader(8, 1, kind=Broken)))
-    assert children() == before
+    assert children() <= before
     del kept
 
 

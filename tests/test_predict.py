@@ -119,10 +119,10 @@ def test_a_break_leaves_nothing_behind():
             break
 
     stop(None)
-    assert children() == before
+    assert children() <= before
     with pytest.raises(RuntimeError) as kept:
         stop(RuntimeError())
-    assert children() == before
+    assert children() <= before
     del kept
 
 
