@@ -133,9 +133,6 @@ class Ranks:
         """Tensors that are spread over ranks put together, on the first one; all call it."""
         return tensors
 
-    def settle(self, state: Any) -> None:
-        """What follows loading a state dict."""
-
     def updated(self) -> None:
         """What follows each update."""
 

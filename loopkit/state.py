@@ -293,7 +293,6 @@ class TrainState:
         restore(self.features, {k: waiting.pop(k) for k in [*waiting] if k in self.features})
         self.pending = copy.deepcopy(waiting)
         restore(self.extras, state_dict["extras"])
-        self.ranks.settle(self)
         self.restored = OfRanks.of(state_dict)
         self.restored.take(self)
 

@@ -1,15 +1,15 @@
 """A hub on this machine: as much of Hugging Face's HTTP API as its client needs for a model."""
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from serving import serving
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 LARGE = ".safetensors"  # goes by the protocol of large files (git LFS), the rest in the commit
@@ -124,17 +124,9 @@ def _mode(path):
     }
 
 
-@contextlib.contextmanager
 def local_hub():
     """A hub that answers while the block runs."""
-    with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    return serving(Hub())
 
 
 def run_beside(hub, code, folder, *, token=TOKEN):

@@ -125,17 +125,14 @@ class Store:
             target = final
             self.disk.sync_folder(self.root)
         except BaseException:
-            self._give_up(target)
+            self.abandon(target.name)
             raise
         return Checkpoint(target, manifest)
 
     def abandon(self, place: str) -> None:
         """Remove what was begun, as far as the disk allows."""
-        self._give_up(self.root / place)
-
-    def _give_up(self, folder: Path) -> None:
         with contextlib.suppress(OSError):
-            self._remove(folder)
+            self._remove(self.root / place)
 
     def _temporary(self, step: int) -> Path:
         return self.root / f".tmp-{step:012d}-{secrets.token_hex(4)}"

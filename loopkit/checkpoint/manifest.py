@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 FORMAT = "loopkit checkpoint"
 VERSION = 2  # 1 where no tensor lies in parts, which an older loopkit reads
 LIMIT = 1 << 24  # bytes
+PIECES = re.compile(r"part-\d{5,}\.safetensors")  # what a rank wrote of tensors in parts
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,115}\.(safetensors|json)")
 
 
@@ -103,7 +104,7 @@ class Manifest:
         body = attrs.asdict(self)
         # JSON has no number for these; and floats as text keep their last bit everywhere
         body["scores"] = {name: repr(score) for name, score in self.scores.items()}
-        version = VERSION if any(name.startswith("part-") for name in self.files) else 1
+        version = VERSION if any(map(PIECES.fullmatch, self.files)) else 1
         return _signed({"format": FORMAT, "version": version, **body})
 
     @classmethod

@@ -1,8 +1,7 @@
 """Tensors in parts: which rank writes which part, and reading those that a rank needs."""
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,14 +11,12 @@ from torch import Tensor
 from loopkit.checkpoint.disk import read_checked
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.format import identity
-from loopkit.checkpoint.manifest import File
+from loopkit.checkpoint.manifest import PIECES, File
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.checkpoint.tensors import parse
 from loopkit.errors import DamageError
 from loopkit.parts import Part, Scattered
 from loopkit.ranks import Ranks
-
-PIECES = re.compile(r"part-(\d{5,})\.safetensors")
 
 Held = tuple[str, tuple[int, ...], tuple[int, ...], int]
 """What a rank has of a tensor: the name it is stored under, start and sizes, and its bytes."""
@@ -28,6 +25,10 @@ Held = tuple[str, tuple[int, ...], tuple[int, ...], int]
 def name_of(rank: int) -> str:
     """What the file is called, less its ending, into which a rank writes its parts."""
     return f"part-{rank:05d}"
+
+
+def _file(rank: int) -> str:
+    return f"{name_of(rank)}.safetensors"
 
 
 @attrs.frozen
@@ -103,7 +104,7 @@ class Pieces:
         Raises:
             DamageError, ValueError, TypeError, KeyError: If they do not.
         """
-        found = {f"{name_of(piece[0])}.safetensors" for p in self.index.values() for piece in p}
+        found = {_file(rank) for pieces in self.index.values() for rank, *_ in pieces}
         if found != {name for name in files if PIECES.fullmatch(name)}:
             raise DamageError(RESTORE, "other files of parts than the index says", ANOTHER_COPY)
         if self.index.keys() - self.scattered.keys():
@@ -115,7 +116,7 @@ class Pieces:
                 raise DamageError(RESTORE, f"the parts of {name!r:.60}", ANOTHER_COPY)
             if len({rank for rank, *_ in pieces}) < len(pieces):  # and so they are not too many
                 raise DamageError(RESTORE, f"{name!r:.60} twice in one file", ANOTHER_COPY)
-            available = sum(files[f"{name_of(p[0])}.safetensors"].size for p in pieces)
+            available = sum(files[_file(rank)].size for rank, *_ in pieces)
             if not _cover(whole, pieces) or whole.shape.numel() * whole.dtype.itemsize > available:
                 raise DamageError(RESTORE, f"{name!r:.60} without all its parts", ANOTHER_COPY)
 
@@ -128,8 +129,7 @@ class Pieces:
             DamageError: If one is missing, or not as it was written.
         """
         files = checkpoint.manifest.files
-        for number, name in enumerate(sorted(filter(PIECES.fullmatch, files))):
-            held = [*self._held(name)]
+        for number, (name, held) in enumerate(sorted(self._by_file().items())):
             needed = any(p.common(w) for s, _, p in held for w in s.wanted)
             if needed or number % size == rank:
                 tensors = parse(read_checked(checkpoint.path / name, files[name]))
@@ -138,14 +138,16 @@ class Pieces:
                     for wanted in scattered.wanted:
                         attrs.evolve(part, tensor=tensors[kept]).copy_to(wanted)
 
-    def _held(self, file: str) -> Iterator[tuple[Scattered, str, Part]]:
-        """What a file holds: the tensor, the name of the piece, and which part of it that is."""
+    def _by_file(self) -> dict[str, list[tuple[Scattered, str, Part]]]:
+        """What each file holds: the tensor, the name of the piece, and which part of it that is."""
+        files: dict[str, list[tuple[Scattered, str, Part]]] = {}
         for name, pieces in self.index.items():
             whole = self.scattered[name]
             for rank, kept, start, sizes in pieces:
-                if f"{name_of(rank)}.safetensors" == file:
-                    empty = torch.empty(sizes, dtype=whole.dtype, device="meta")
-                    yield whole, kept, Part(whole.shape, tuple(start), empty)
+                empty = torch.empty(sizes, dtype=whole.dtype, device="meta")
+                part = Part(whole.shape, tuple(start), empty)
+                files.setdefault(_file(rank), []).append((whole, kept, part))
+        return files
 
 
 def _cover(whole: Scattered, pieces: Sequence[Sequence[Any]]) -> bool:

@@ -9,8 +9,9 @@ import attrs
 from loopkit.checkpoint.disk import read_checked
 from loopkit.checkpoint.folder import Checkpoint
 from loopkit.checkpoint.format import Decoder
+from loopkit.checkpoint.manifest import PIECES
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
-from loopkit.checkpoint.pieces import PIECES, Pieces
+from loopkit.checkpoint.pieces import Pieces
 from loopkit.checkpoint.tensors import parse
 from loopkit.errors import DamageError
 from loopkit.parts import Scattered, map_scattered

@@ -19,7 +19,7 @@ from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
 from loopkit.parallel.failure import guarded
 from loopkit.parallel.group import TIMEOUT_S, wait_at_most
-from loopkit.parallel.whole import fitted, in_parts, settle, whole
+from loopkit.parallel.whole import fitted, in_parts, whole
 from loopkit.ranks import Ranks
 from loopkit.state import TrainState
 
@@ -158,10 +158,6 @@ class GroupRanks(Ranks):
     def whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Tensors that are spread over ranks put together, on the first one; all call it."""
         return {name: whole(tensor, keep=self.is_first) for name, tensor in tensors.items()}
-
-    def settle(self, state: TrainState) -> None:
-        """What follows loading a state dict."""
-        settle(state)
 
     @contextmanager
     def among(self, flag: bool) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from loopkit.nested import map_tensors
 from loopkit.parallel.failure import guarded
 from loopkit.parallel.repoint import like, region
-from loopkit.parallel.zero import forget_others, joined, own_part
+from loopkit.parallel.zero import joined, own_part
 from loopkit.parts import Part
 from loopkit.state import TrainState
 
@@ -85,9 +85,3 @@ def _fit_optimizer(saved: Mapping[str, Any], parameters: list[Any]) -> dict[str,
         for index, values in saved["state"].items()
     }
     return {**saved, "state": kept}
-
-
-def settle(state: TrainState) -> None:
-    """What follows loading a state dict: each rank lets go of what others keep."""
-    if state.ranks.shards_optimizer:
-        forget_others(state)

@@ -1,11 +1,11 @@
 """A server on this machine that takes what `wandb sync` reads out of an offline run."""
 
-import contextlib
 import gzip
 import json
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from serving import serving
 
 
 class Tracker(ThreadingHTTPServer):
@@ -68,14 +68,6 @@ class Answers(BaseHTTPRequestHandler):
         self.do_POST()
 
 
-@contextlib.contextmanager
 def tracker():
     """A server that answers while the block runs."""
-    with Tracker() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    return serving(Tracker())
