@@ -57,8 +57,8 @@ def live(folder, report, rng, begun):
                 lk.evaluate(eval_step, state, make_batches())
             if state.step == UPDATES:  # from here on a signal may find the loop at its end
                 report.write_text(f"{state.step} {digest_of(state)}")
-    finally:
-        if state.step < UPDATES:
+    finally:  # written once: the next signal may come within the writing
+        if not report.read_text():
             report.write_text(f"{state.step} {digest_of(state)}")
     checkpoints.ensure(state)
     checkpoints.close()
