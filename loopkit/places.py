@@ -176,8 +176,9 @@ def gather_votes(state: TrainState) -> Tensor | None:
     votes = state.votes
     if not votes:
         return None
-    # Those of the host to the device, which need not be waited for, and not the other way
-    device = next((vote.device for vote in votes if not vote.is_cpu), votes[0].device)
+    device = votes[0].device
+    for vote in votes:  # to a device nothing waits; from there to the host it does
+        device = device if vote.is_cpu else vote.device
     return torch.stack([vote.to(device, non_blocking=True) for vote in votes]).amax()
 
 
