@@ -149,6 +149,19 @@ def train(decorators, function, optimizer, device):
     return {"loss": found["loss"], "applied": str(getattr(state.applied, "device", "cpu"))}
 
 
+def restored():
+    """Averages that were saved, read into a state that had not begun to average."""
+    state = make_state(adamw)
+    step = lk.with_swa(2)(classifier)
+    (batch,) = batches("cuda", 1)
+    state = step(state, batch)
+    saved = {name: p.detach().to("cpu") for name, p in state.model.named_parameters()}
+    state.features["swa"].load_state_dict(saved)
+    state.features["swa.updates"].updates = 2
+    state = step(state, batch)
+    return {"averages": sorted({str(w.device) for w in state.features["swa"].weights.values()})}
+
+
 def offloaded():
     """A state whose parameters FSDP keeps on the host, of a device that computes."""
     import torch.distributed as dist
@@ -204,5 +217,6 @@ if __name__ == "__main__":
     for name in sorted(ON_HOST):
         if not only or f"{name}, from the host" in only:
             said(f"{name}, from the host", train, *CASES[name], "cpu")
-    if not only or "offloaded" in only:
-        said("offloaded", offloaded)
+    for function in (restored, offloaded):
+        if not only or function.__name__ in only:
+            said(function.__name__, function)

@@ -50,7 +50,12 @@ def test_no_update_waits_for_the_device(found, case):
 
 def test_all_cases_are_asked_for(found):
     """Each case of the script is one of those here."""
-    assert sorted(found) == sorted([*CASES, "offloaded"])
+    assert sorted(found) == sorted([*CASES, "offloaded", "restored"])
+
+
+def test_averages_that_are_restored_go_on_where_the_weights_are(found):
+    """Read from a checkpoint they lie on the host, and a state that has none yet takes them so."""
+    assert found["restored"] == {"averages": ["cuda:0"]}
 
 
 def test_what_fsdp_keeps_on_the_host_is_computed_on_the_device(found):
