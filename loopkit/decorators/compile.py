@@ -118,8 +118,10 @@ def with_compile(
     GradScaler is not traced.
 
     `mode="reduce-overhead"` has torch make CUDA graphs of it, on CUDA: each update is marked as a
-    step of theirs, and what the state keeps of it is copied out of their memory. This mode
-    has not been run on CUDA yet; on a CPU it changes nothing.
+    step of theirs, what the state keeps of it is copied out of their memory, and the optimizer's
+    state is marked as lying still. On CUDA counters of the optimizer are moved to the device, with
+    `capturable` set in its param groups, as torch does for a compiled optimizer. None of it has
+    been run on CUDA yet; on a CPU the mode changes nothing.
 
     A learning rate that a schedule sets goes in as a tensor, so nothing is compiled again for
     it; with the scope "model" it does not enter what is compiled. To evaluate uncompiled, where
