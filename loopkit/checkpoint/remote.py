@@ -90,11 +90,8 @@ class Remote:
         Raises:
             OSError: If it could not be written; then, as far as the store allows, it is not there.
         """
-        chunks = [*chunks]
         with answered(self, "writing"), self._created() as file:
-            for chunk in chunks:
-                file.write(chunk)
-        return File.of(chunks, sha256=sha256)
+            return File.of(_written(file, chunks), sha256=sha256)
 
     @contextlib.contextmanager
     def _created(self) -> Iterator[Any]:
@@ -149,6 +146,13 @@ def place_of(place: str | Place) -> Place:
     if ADDRESS.match(text) and not LOCAL.match(text):
         return Remote.of(text)
     return Path(LOCAL.sub("", text))
+
+
+def _written(file: Any, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The chunks, each once it is written."""
+    for chunk in chunks:
+        file.write(chunk)
+        yield chunk
 
 
 @contextlib.contextmanager
