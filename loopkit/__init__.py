@@ -12,6 +12,7 @@ from loguru import logger
 
 from loopkit.averages import ema_weights
 from loopkit.background import Background, background
+from loopkit.collect import collect
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
@@ -264,6 +265,7 @@ __all__ = [
     "agree",
     "background",
     "bar",
+    "collect",
     "compose",
     "configure_optimizer",
     "constant",

@@ -28,7 +28,7 @@ optim.create
 optim.combined optim.groups optim.plot optim.phases
 optim.schedule
 optim
-run predict
+run predict collect
 observe.log observe.plot
 observe.delivery observe.console observe.trackers observe.progress observe.timing observe.throughput
 observe.profile observe.summary observe.monitor
