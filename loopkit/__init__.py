@@ -51,7 +51,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
-from loopkit.every import every
+from loopkit.every import Moment, every
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
@@ -233,6 +233,7 @@ __all__ = [
     "MLflow",
     "MicroBatches",
     "MissingExtraError",
+    "Moment",
     "NonFiniteError",
     "OutputError",
     "Preempted",
