@@ -12,6 +12,7 @@ from loguru import logger
 
 from loopkit.averages import ema_weights
 from loopkit.background import Background, background
+from loopkit.collect import collect
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
@@ -50,7 +51,7 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
-from loopkit.every import every
+from loopkit.every import Moment, every
 from loopkit.modes import inference
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
@@ -233,6 +234,7 @@ __all__ = [
     "MLflow",
     "MicroBatches",
     "MissingExtraError",
+    "Moment",
     "NonFiniteError",
     "OutputError",
     "Preempted",
@@ -265,6 +267,7 @@ __all__ = [
     "agree",
     "background",
     "bar",
+    "collect",
     "compose",
     "configure_optimizer",
     "constant",

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.errors import DamageError, LoopkitError, NonFiniteError, RankError
+from loopkit.errors import DamageError, LoopkitError, NonFiniteError, RankError, UsageError
+from loopkit.parallel.environment import environment
 
 _NOTHING = nullcontext()
 
@@ -56,7 +57,18 @@ class Ranks:
         return tensor
 
     def share(self, data: Any) -> Any:
-        """This rank's part of some data, for a run: the same one each time."""
+        """This rank's part of some data, for a run: the same one each time.
+
+        Raises:
+            UsageError: Where there are several processes, and this state is not set up for them.
+        """
+        if (size := _processes()) > 1:  # each would train on all of it, and nobody would see
+            raise UsageError(
+                "state.ranks.share(data)",
+                f"{size} processes, and a state that is not set up for them",
+                "state = step.set_up(state) before, with @lk.distributed() on the step; where"
+                " each process is to train by itself, the data as it is",
+            )
         return data
 
     def share_once(self, data: Any, limit_batches: float | None = None) -> Any:  # noqa: ARG002
@@ -143,6 +155,14 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+
+
+def _processes() -> int:
+    """How many were started together, whether they have joined or not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    found = environment()
+    return 1 if found is None else found.world_size
 
 
 def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
