@@ -27,6 +27,7 @@ class Ranks:
         size: How many those are.
         shards_tensors: Whether some parameters are DTensors, of which each holds a part.
         shards_optimizer: Whether each holds the optimizer state of its own part only.
+        device: Where this process computes, if its parameters are kept elsewhere.
 
     Example:
         >>> Ranks().is_first, Ranks().size
@@ -37,6 +38,7 @@ class Ranks:
     size: int = 1
     shards_optimizer: bool = False
     shards_tensors: bool = False
+    device: torch.device | None = None
 
     @property
     def alone(self) -> bool:
