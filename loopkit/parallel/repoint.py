@@ -52,7 +52,7 @@ def like(value: Any, parameter: Tensor) -> Any:
     if isinstance(value, Scattered):
         # Not from_local, which copies memory of the host to the device of the mesh: parameters that
         # FSDP keeps on the host have such a mesh, and it is this memory that is to be filled
-        made = torch.empty_like(parameter.detach(), dtype=value.dtype)
+        made: Any = torch.empty_like(parameter.detach(), dtype=value.dtype)
         value.wanted.append(Part(value.shape, region(parameter)[0], made.to_local()))
         return made
     # Each rank holds the whole, so each takes its own part of it, without any traffic.
