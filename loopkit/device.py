@@ -131,7 +131,8 @@ def prefetch(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
 
 
 def _copied_ahead(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
-    copies = _copy_stream(target)
+    here = torch.accelerator.current_device_index() if target.index is None else target.index
+    copies = _copy_stream(torch.device(target.type, here))
     waiting: tuple[Any, torch.Event] | None = None
     for batch in batches:
         # Memory that a copy gets is that of earlier batches, which may still be read. And it is the
