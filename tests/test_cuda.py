@@ -294,6 +294,18 @@ def test_memory_of_a_batch_is_not_written_while_it_is_read():
     assert [int(total) >> 20 for total in found] == [*range(12)]
 
 
+def test_batches_that_are_there_pass_through():
+    """The same objects, in order, whatever else they hold; others among them are copied."""
+    here = [{"x": torch.full((3,), i, device=DEVICE), "name": str(i)} for i in range(4)]
+    mixed = [here[0], {"x": torch.full((3,), 7), "name": "7"}, *here[1:]]
+    device = here[0]["x"].device
+    found = [*lk.prefetch(mixed, device)]
+    assert found[0] is here[0]
+    assert all(a is b for a, b in zip(found[2:], here[1:], strict=True))
+    assert found[1]["x"].device == device
+    assert found[1]["x"].tolist() == [7, 7, 7]
+
+
 @only_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_prefetching_waits_for_the_device_it_copies_to():
