@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import loopkit as lk
 import pytest
@@ -71,16 +70,17 @@ def test_an_interrupt_in_the_last_update_of_an_epoch_keeps_the_epochs_end():
 
 def test_a_signal_from_outside_waits_for_a_slow_update():
     """SIGINT sent by another thread in the middle of a slow step comes after its end."""
-    state, begun = tiny_state(), threading.Event()
+    state, begun, sent = tiny_state(), threading.Event(), threading.Event()
 
     def slow(state, batch):
         begun.set()
-        time.sleep(0.3)
+        assert sent.wait(60)
         return mean_output(state, batch)
 
     def send():
         begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
+        sent.set()
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -266,7 +266,7 @@ def test_ctrl_c_at_a_terminal_ends_the_workers_and_keeps_whole_updates(window):
         for _ in range(6):
             assert child.stdout.readline() == "batch\n", child.stderr.read()
         os.killpg(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
     finally:
         child.kill()
         child.wait()

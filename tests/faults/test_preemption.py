@@ -370,7 +370,7 @@ def test_a_process_with_data_workers_ends_with_its_code(tmp_path, job):
         while child.stdout.readline() != "step 2\n":
             assert child.poll() is None, child.stderr.read()
         kill(child.pid, signum)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
     finally:
         child.kill()
         child.wait()
