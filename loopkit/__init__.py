@@ -52,6 +52,7 @@ from loopkit.errors import (
 )
 from loopkit.evaluate import evaluate
 from loopkit.every import Moment, every
+from loopkit.modes import inference
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
@@ -287,6 +288,7 @@ __all__ = [
     "find_batch_size",
     "find_lr",
     "group_by_length",
+    "inference",
     "inverse_sqrt",
     "launch",
     "learning_rates",

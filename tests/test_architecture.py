@@ -75,7 +75,7 @@ check checked outcome window interrupt seed position
 parts
 nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips
 parallel.environment parallel
-errors exact closing data.epoch data
+errors exact closing data.epoch data arriving
 """.split("\n")[1:-1]
 
 

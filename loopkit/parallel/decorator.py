@@ -124,8 +124,7 @@ class ShareWeights:
         if ranks.size > 1:
             weight = outcome.total_weight()
             if weight is not None:
-                total = torch.as_tensor(weight, dtype=torch.float64, device=state.device).clone()
-                ranks.sum(total)
+                total = ranks.sum(_on_device(weight, state.device))
                 state.skip_if(total == 0)
                 outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
             elif outcome.missing:
@@ -133,6 +132,12 @@ class ShareWeights:
                 share = (taken - outcome.missing) / taken
                 outcome.divide_by = share if outcome.length else share * len(outcome.parts)
         self.inner(state)
+
+
+def _on_device(weight: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(device, torch.float64, copy=True)
+    return torch.full((), weight, dtype=torch.float64, device=device)  # a copy there would wait
 
 
 @attrs.frozen
