@@ -12,6 +12,7 @@ import pytest
 import torch
 from loopkit.checkpoint.disk import Disk
 
+from forked import STARTER
 from trainings import digest_of, make_state, restored, train
 
 ROOT = Path(__file__).parents[2]
@@ -111,10 +112,7 @@ def test_a_failure_of_the_writer_is_told_where_it_is_asked_for(tmp_path, ask):
 def run(code, tmp_path):
     """Run a program in a process of its own."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'checkpoint'}"}
-    program = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    return subprocess.run(
-        program, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    return STARTER.run(code, tmp_path, env=env)
 
 
 LEAVE = """

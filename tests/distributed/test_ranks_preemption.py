@@ -17,10 +17,11 @@ import torch
 from loopkit.checkpoint.disk import Disk
 from loopkit.parallel.launch import free_port
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from test_failures import SLOW
 from test_parity import whole
 from test_ranks_resume import decorated, fresh, loader
+
+from pool import POOL
 
 TIMES = int(os.environ.get("LOOPKIT_PREEMPTIONS", "1"))  # 20 for the requirement R9
 UPDATES, MOST_S = 24, 10
