@@ -5,6 +5,7 @@ importing does is another claim, and needs a process that is started anew.
 """
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -24,8 +25,9 @@ class Starter:
     def __init__(self):
         self.process = None
 
-    def run(self, code, *arguments, env=None, cwd=None, terminal=None, strict=True):
-        """Run a program to its end.
+    @contextlib.contextmanager
+    def begin(self, code, *arguments, env=None, cwd=None, terminal=None, strict=True):
+        """A program that runs while the block does, in a session of its own.
 
         Args:
             code: Python.
@@ -37,34 +39,69 @@ class Starter:
         """
         with tempfile.TemporaryDirectory() as folder:
             out, err = ([terminal] * 2) if terminal else (f"{folder}/out", f"{folder}/err")
+            if not terminal:
+                os.mkfifo(out)
             asked = {
                 "code": code, "arguments": [*map(str, arguments)], "out": out, "err": err,
                 "env": {**(os.environ if env is None else env)}, "cwd": str(cwd or Path.cwd()),
                 "strict": strict,
             }  # fmt: skip
-            code = self._ask(json.dumps(asked))
-            said = ["", ""] if terminal else [Path(path).read_text() for path in (out, err)]
-        return subprocess.CompletedProcess(asked["arguments"], code, *said)
+            self._start()
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
+            program = Program(self, self._said(), None if terminal else out, err)
+            try:
+                yield program
+            finally:
+                program.end()
 
-    def _ask(self, line):
+    def run(self, code, *arguments, **settings):
+        """Run a program to its end: its code, and what it said."""
+        with self.begin(code, *arguments, **settings) as program:
+            out, err = program.communicate()
+        return subprocess.CompletedProcess([*arguments], program.returncode, out, err)
+
+    def _start(self):
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
-        print(line, file=self.process.stdin, flush=True)
+
+    def _said(self):
         if not select.select([self.process.stdout], [], [], LIMIT_S)[0]:
             self.stop()
-            raise TimeoutError(f"a program still runs after {LIMIT_S} s: {line:.300}")
+            raise TimeoutError(f"a program still runs after {LIMIT_S} s")
         return int(self.process.stdout.readline())
 
     def stop(self):
-        """End it, and the program that it may have started; the next one starts another."""
+        """End it; the next program starts another."""
         if self.process is not None:
-            os.killpg(self.process.pid, 9)
+            self.process.kill()
             with self.process:
                 pass
             self.process = None
+
+
+class Program:
+    """One that was begun: as far as tests need it, what `subprocess.Popen` is."""
+
+    def __init__(self, starter, pid, out, err):
+        self.starter, self.pid, self.err, self.returncode = starter, pid, err, None
+        self.stdout = None if out is None else Path(out).open()  # noqa: SIM115
+
+    def communicate(self):
+        """What it says until its end; its code is there then."""
+        out = "" if self.stdout is None else self.stdout.read()
+        self.returncode = self.starter._said()
+        return out, "" if self.stdout is None else Path(self.err).read_text()
+
+    def end(self):
+        """End it, if it still runs, and all of its session."""
+        if self.returncode is None:
+            os.killpg(self.pid, 9)
+            self.returncode = self.starter._said()
+        if self.stdout is not None:
+            self.stdout.close()
 
 
 def next_program():
@@ -72,11 +109,18 @@ def next_program():
     for line in sys.stdin:
         program = os.fork()
         if not program:
+            os.setsid()
             return json.loads(line)
+        say(program)
         code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-        sys.stdout.write(f"{code}\n")
-        sys.stdout.flush()
+        say(code)
     return os._exit(0)
+
+
+def say(number):
+    """To who asked."""
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 def become(asked):
