@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopkit.errors import UsageError
-from loopkit.nested import map_tensors
+from loopkit.nested import leaves_of, map_tensors
 
 
 def device(name: str | Sequence[str] = "auto") -> torch.device:
@@ -117,7 +117,7 @@ def prefetch(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
     """The batches on `target`, each copied while the one before is being computed on.
 
     On an accelerator the copy runs one batch ahead, from pinned memory, on a
-    stream of its own. On the CPU the batches pass through untouched.
+    stream of its own. Batches that are there already pass through untouched, as on the CPU all do.
 
     Args:
         batches: Any iterable of batches.
@@ -131,20 +131,34 @@ def prefetch(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
 
 
 def _copied_ahead(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
-    copies = _copy_stream(target)
-    waiting: tuple[Any, torch.Event] | None = None
+    here = torch.accelerator.current_device_index() if target.index is None else target.index
+    copies = _copy_stream(torch.device(target.type, here))
+    waiting: tuple[Any, torch.Event | None] | None = None
     for batch in batches:
-        # Memory that a copy gets is that of earlier batches, which may still be read. And it is the
-        # target's stream that counts: another device may be the current one.
-        copies.wait_stream(torch.accelerator.current_stream(target))
-        with copies:
-            moved = to_device(map_tensors(_pinned, batch), target, non_blocking=True)
-            arrived = copies.record_event()
+        moved, arrived = batch, None
+        if not _is_there(batch, target):
+            moved, arrived = _copied(batch, target, copies)
         if waiting is not None:
             yield _received(*waiting, target)
         waiting = moved, arrived
     if waiting is not None:
         yield _received(*waiting, target)
+
+
+def _is_there(batch: Any, target: torch.device) -> bool:
+    return all(
+        leaf.device == target if isinstance(leaf, Tensor) else not hasattr(type(leaf), "to")
+        for leaf in leaves_of(batch)
+    )
+
+
+def _copied(batch: Any, target: torch.device, copies: torch.Stream) -> tuple[Any, torch.Event]:
+    # Memory that a copy gets is that of earlier batches, which may still be read. And it is the
+    # target's stream that counts: another device may be the current one.
+    copies.wait_stream(torch.accelerator.current_stream(target))
+    with copies:
+        moved = to_device(map_tensors(_pinned, batch), target, non_blocking=True)
+        return moved, copies.record_event()
 
 
 @functools.cache
@@ -160,6 +174,7 @@ def _pinned(leaf: Any) -> Any:
     return leaf
 
 
-def _received(batch: Any, arrived: torch.Event, target: torch.device) -> Any:
-    torch.accelerator.current_stream(target).wait_event(arrived)
+def _received(batch: Any, arrived: torch.Event | None, target: torch.device) -> Any:
+    if arrived is not None:
+        torch.accelerator.current_stream(target).wait_event(arrived)
     return batch

@@ -72,7 +72,7 @@ class Form:
             needed = [n for n in self.names if n not in _NEEDS or group[_NEEDS[n]]]
             parameters = [p for p in group["params"] if p.requires_grad]
             kept = [state.get(p, {}) for p in parameters]
-            if self.in_graphs:
+            if self.in_graphs or (parameters and not parameters[0].is_cpu):
                 _hold_still(group, parameters, kept)
             try:
                 columns = {name: [k[name] for k in kept] for name in needed}
@@ -139,11 +139,11 @@ class Form:
 
 
 def _hold_still(group: dict[str, Any], parameters: list[Tensor], kept: list[Any]) -> None:
-    """Make of an optimizer's state what CUDA graphs can change in place.
+    """Make of an optimizer's state what a graph on a device can change in place.
 
-    A counter on the host, or memory that may lie elsewhere next time, keeps torch from making any
-    graph. Dynamo does the same to optimizers whose `step` it traces
-    (torch/_dynamo/variables/optimizer.py), but puts counters on the device before their first use.
+    Torch makes no CUDA graph of what changes a counter on the host, or memory that may lie
+    elsewhere next time. Dynamo does the same to optimizers whose own `step` it traces, before they
+    have any state (torch/_dynamo/variables/optimizer.py).
     """
     for parameter, own in zip(parameters, kept, strict=True):
         for name in _COUNTERS if "capturable" in group and not parameter.is_cpu else ():

@@ -17,6 +17,8 @@ def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     meshes: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         meshes.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    if not meshes:
+        return torch.tensor(0.0)  # as torch has it where there is no gradient
     norms: list[Any] = [nn.utils.get_total_norm(held, norm_type) for held in meshes.values()]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     found: Tensor = torch.linalg.vector_norm(torch.stack(whole), norm_type)

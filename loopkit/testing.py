@@ -118,7 +118,7 @@ def train_by_hand(  # noqa: PLR0912, PLR0913
         if weights and len(window) > 1:
             for gradient in gradients:
                 gradient.div_(sum(weights))
-        shares = torch.tensor(weights or [1.0] * len(window), dtype=losses[0].dtype)
+        shares = torch.tensor(weights or [1.0] * len(window)).to(losses[0])
         loss = (torch.stack(losses) * shares).sum() / shares.sum()
         found.losses.append(loss.item())
 

@@ -309,6 +309,64 @@ def test_what_an_update_found_outlives_the_memory_of_its_cuda_graphs(size):
     assert_close(*found.values())
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_a_model_returned_outlives_the_memory_of_its_cuda_graph(size):
+    """A model that writes over its outputs of the call before, as a graph does, is read in time."""
+    memory = torch.zeros(())
+
+    def step(state, batch):
+        loss = classifier(state, batch)
+        memory.copy_(loss.detach())
+        return {"loss": loss, "same": memory}
+
+    decorated = lk.compose(*[lk.with_grad_accum(size)] * (size > 1))(step)
+    found = {}
+    for mode in (None, "reduce-overhead"):
+        made = lk.with_compile("model", mode=mode, backend="eager")(decorated)
+        run = lk.run(made, state_of(), make_batches(8), max_epochs=1)
+        found[mode] = [(s.loss, s.metrics["same"], s.output["same"]) for s in run]
+    for losses, means, outputs in [zip(*found["reduce-overhead"], strict=True)]:
+        assert_close([*means], [*losses])
+        assert len({float(output) for output in outputs}) == 8 // size
+    assert len({float(output) for _, _, output in found[None]}) == 1
+
+
+class GivesStaticMemory(torch.autograd.Function):
+    """A product whose gradient for the weight is always in the same memory, as of a CUDA graph."""
+
+    memory = torch.zeros(3, 4)
+
+    @staticmethod
+    def forward(context, inputs, weight):
+        context.save_for_backward(inputs)
+        return inputs @ weight.T
+
+    @staticmethod
+    def backward(context, gradient):
+        (inputs,) = context.saved_tensors
+        return None, GivesStaticMemory.memory.copy_(gradient.T @ inputs).detach()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_add_up_whatever_a_cuda_graph_writes_over(optimizer):
+    """A window's gradient is its sum, where each micro-batch's lies in the same memory."""
+
+    def step(state, batch):
+        return F.cross_entropy(GivesStaticMemory.apply(batch[0], state.model.weight), batch[1])
+
+    found = []
+    for mode, function in ((None, classifier), ("reduce-overhead", step)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3, bias=False)
+        state = lk.TrainState(model, OPTIMIZERS[optimizer](model.parameters()))
+        made = lk.with_grad_accum(3)(function)
+        if mode:
+            made = lk.with_compile("model", mode=mode, backend="eager")(made)
+        train(made, state, make_batches(9))
+        found.append(model.weight.detach().clone())
+    assert_close(*found)
+
+
 changed_in_place = []
 
 

@@ -183,6 +183,23 @@ def test_updates_over_nothing_are_no_skips_without_end():
         step(state, batch)
 
 
+def test_fp16_takes_an_update_over_nothing():
+    """It is skipped; the loss scale stays, and the next update is as if it had not been."""
+
+    def function(state, batch):
+        return {"loss": classifier(state, batch), "weight": int(state.step != 1)}
+
+    state, batches = make_state(), make_batches(3)
+    step = lk.with_amp("fp16", init_scale=256.0)(function)
+    assert [bool(step(state, batch).applied) for batch in batches] == [True, False, True]
+    assert state.features["amp"].get_scale() == 256.0
+    other = make_state()
+    plain = lk.with_amp("fp16", init_scale=256.0)(classifier)
+    for batch in (batches[0], batches[2]):
+        plain(other, batch)
+    assert_bitwise_equal(state.model.state_dict(), other.model.state_dict())
+
+
 def test_a_branch_counts_for_itself_and_none_is_no_limit():
     """A snapshot begins to count anew; most=None goes on; a wrong limit is told."""
     state, batch = make_state(), make_batches(1)[0]

@@ -9,6 +9,7 @@ import loopkit as lk
 import numpy as np
 import pytest
 import torch
+from loopkit.norms import total_norm
 from loopkit.testing import assert_bitwise_equal
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
@@ -366,3 +367,8 @@ def test_a_branch_with_a_new_torch_scheduler_trains_without_a_warning():
         step(state, batch)
     assert_bitwise_equal(branch.model.state_dict(), state.model.state_dict())
     assert branch.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
+
+
+def test_the_norm_of_no_gradients_is_zero():
+    """As torch's: what clips shards asks for it after an update over nothing."""
+    assert total_norm([]) == nn.utils.get_total_norm([]) == 0

@@ -94,7 +94,8 @@ class UpdateScale:
 
     def __call__(self, state: TrainState) -> None:
         """Update the scale, then go on; an error where it has fallen for too long."""
-        state.features[KEPT_AS].update()
+        if not state.outcome.is_empty():  # torch's scaler has seen no gradient then, and says so
+            state.features[KEPT_AS].update()
         self.inner(state)
         if state.applied is not True and state.skips.count(state) >= MOST_SKIPS:
             raise NonFiniteError(

@@ -7,15 +7,22 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loopkit.check import one_of
-from loopkit.compiled import CompiledApply, CompiledGradients, CompiledUpdate, TracedBackward
+from loopkit.compiled import (
+    CUDA_GRAPHS,
+    CompiledApply,
+    CompiledGradients,
+    CompiledUpdate,
+    TracedBackward,
+)
 from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.errors import UsageError
 from loopkit.graphs import Watch
+from loopkit.nested import map_tensors
 from loopkit.state import TrainState
-from loopkit.types import Transform
+from loopkit.types import Backward, Forward, Output, Transform
 
 Blocks = type[nn.Module] | str | Sequence[type[nn.Module] | str]
 
@@ -87,6 +94,42 @@ class WatchGraphs:
         self.inner(state)
 
 
+@attrs.frozen
+class CopyOutput:
+    """A layer of `forward`: what it returns is copied out of the memory of a model's CUDA graph.
+
+    The next call writes there, and torch refuses to read what it has written over.
+    """
+
+    inner: Forward
+
+    def __call__(self, state: TrainState, batch: Any) -> Output:
+        """The same output, in memory of its own."""
+        return map_tensors(_copied, self.inner(state, batch))
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+@attrs.frozen
+class OwnGradients:
+    """A layer of `backward`: gradients of a window are copied out of the memory of a CUDA graph.
+
+    Autograd takes what a graph returns for the `.grad`, and the next micro-batch writes there: an
+    error of torch, or a wrong sum (pytorch/pytorch#169545).
+    """
+
+    inner: Backward
+
+    def __call__(self, state: TrainState, loss: Tensor) -> None:
+        """Run it, then copy where more is to be added."""
+        self.inner(state, loss)
+        if state.window[1] != 1:
+            for parameter in state.parameters_with_grad():
+                parameter.grad = _copied(parameter.grad)
+
+
 def with_compile(
     scope: str = "model",
     *,
@@ -118,8 +161,10 @@ def with_compile(
     GradScaler is not traced.
 
     `mode="reduce-overhead"` has torch make CUDA graphs of it, on CUDA: each update is marked as a
-    step of theirs, and what the state keeps of it is copied out of their memory. This mode
-    has not been run on CUDA yet; on a CPU it changes nothing.
+    step of theirs, what the state keeps of it, or the step function returns, is copied out of their
+    memory, and the optimizer's state is marked as lying still. Counters of the optimizer are moved
+    to the device, with `capturable` set in its param groups, as torch does for a compiled
+    optimizer. None of it has been run on CUDA yet; on a CPU the mode changes nothing.
 
     A learning rate that a schedule sets goes in as a tensor, so nothing is compiled again for
     it; with the scope "model" it does not enter what is compiled. To evaluate uncompiled, where
@@ -153,8 +198,11 @@ def with_compile(
     one_of(name, "scope", scope, ("model", "step"))
     if scope == "model":
         layer = functools.partial(WatchGraphs, watch=Watch(name))
+        copied: dict[str, Any] = {"forward": CopyOutput, "backward": OwnGradients}
+        layers = copied if mode in CUDA_GRAPHS else {}
         return compose(
-            own(name=name, compile=CompileModel(name, chosen, told)), wrap(name=name, after=layer)
+            own(name=name, compile=CompileModel(name, chosen, told)),
+            wrap(name=name, after=layer, **layers),
         )
     if chosen or fullgraph:
         raise UsageError(name, f"{sorted(shown)}", 'with_compile("step"), without these')

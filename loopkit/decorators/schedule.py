@@ -90,6 +90,10 @@ def with_schedule(
     first, and a skipped update does not count. A torch scheduler may be given instead;
     it takes one step after each applied update.
 
+    Where the optimizer decides on the device whether it skips (fused ones, `with_nonfinite`), the
+    answer is copied to the host meanwhile, and a function is called with it before the next update;
+    a torch scheduler waits for it at once.
+
     Args:
         scheduler: A torch scheduler over the state's optimizer, or what makes one from
             an optimizer: `partial(CosineAnnealingLR, T_max=1000)`.

@@ -62,8 +62,9 @@ def fitted(state: TrainState, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _features(state: TrainState) -> dict[str, Any]:
+    weights = dict(state.model.named_parameters())  # as they are, averages that begin later will be
     return {
-        name: kept.state_dict()
+        name: weights | kept.state_dict()
         for name, kept in state.features.items()
         if hasattr(kept, "state_dict")
     }

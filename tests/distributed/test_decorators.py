@@ -62,6 +62,32 @@ def test_weights_and_averages_equal_those_of_one_process(strategy, name):
             torch.testing.assert_close(averages[feature][key], value, rtol=1e-5, atol=1e-6)
 
 
+def resumed(folder, strategy):
+    """Averages that were read into a state which had none, used and moved on, and their like."""
+    data, step = make_batches(12), lk.compose(lk.with_swa(2), lk.distributed(strategy))(function)
+    straight, stopped, state = make_state(), make_state(), make_state(seed=9)
+    lk.run(step, straight, data, max_epochs=2).finish()
+    lk.run(step, stopped, data, max_steps=4).finish()
+    with lk.Checkpointer(folder) as checkpoints:
+        checkpoints.save(stopped)
+    step.set_up(state)
+    with lk.Checkpointer(folder) as checkpoints:
+        checkpoints.restore(state)
+    with lk.ema_weights(state, "swa"):
+        swapped = whole(state.model.state_dict())
+    lk.run(step, state, data, max_epochs=2).finish()
+    found = [whole(s.features["swa"].weights) for s in (stopped, state, straight)]
+    return swapped, *found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_averages_that_had_begun_go_on_after_a_restore(strategy, tmp_path):
+    """Each rank has its part of them, also where the state had none before it was restored."""
+    (swapped, before, after, straight), _ = POOL.run(2, resumed, str(tmp_path), strategy)
+    assert_bitwise_equal(swapped, before)
+    assert_bitwise_equal(after, straight)
+
+
 def noisy():
     state = trained(lk.with_grad_noise(0.01), "ddp", make_batches(6))
     return state.model.state_dict()

@@ -149,6 +149,24 @@ def train(decorators, function, optimizer, device):
     return {"loss": found["loss"], "applied": str(getattr(state.applied, "device", "cpu"))}
 
 
+def counters():
+    """An optimizer whose state goes into a compiled graph, and its own step after that."""
+    from loopkit.functional import functional_form
+
+    state, (batch,) = make_state(adamw), batches("cuda", 1)
+    step = lk.train_step(classifier)
+    state = step(state, batch)
+    before = {str(kept["step"].device) for kept in state.optimizer.state.values()}
+    for kept in state.optimizer.state.values():  # torch.tensor has made a real one, even here
+        kept["step"] = torch.ones((), device=kept["step"].device)
+    functional_form(state.optimizer).bind(state.optimizer)
+    after = {str(kept["step"].device) for kept in state.optimizer.state.values()}
+    with NoWaits() as mode:
+        mode.forbids = True
+        state = step(state, batch)
+    return {"before": [*before], "after": [*after], "step": state.step}
+
+
 def restored():
     """Averages that were saved, read into a state that had not begun to average."""
     state = make_state(adamw)
@@ -217,6 +235,6 @@ if __name__ == "__main__":
     for name in sorted(ON_HOST):
         if not only or f"{name}, from the host" in only:
             said(f"{name}, from the host", train, *CASES[name], "cpu")
-    for function in (restored, offloaded):
+    for function in (counters, restored, offloaded):
         if not only or function.__name__ in only:
             said(function.__name__, function)

@@ -50,7 +50,12 @@ def test_no_update_waits_for_the_device(found, case):
 
 def test_all_cases_are_asked_for(found):
     """Each case of the script is one of those here."""
-    assert sorted(found) == sorted([*CASES, "offloaded", "restored"])
+    assert sorted(found) == sorted([*CASES, "counters", "offloaded", "restored"])
+
+
+def test_a_compiled_update_finds_counters_on_the_device(found):
+    """There AdamW keeps them on the host, unless it is told; uncompiled it goes on with them."""
+    assert found["counters"] == {"before": ["cpu"], "after": ["cuda:0"], "step": 2}
 
 
 def test_averages_that_are_restored_go_on_where_the_weights_are(found):
