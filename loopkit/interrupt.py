@@ -110,7 +110,7 @@ class Notice:
         at: TracebackType | None,
     ) -> None:
         for signum, handler in self.previous.items():
-            own = signal.SIG_DFL if signum == CHILD else self._handle
+            own = _passed_over if signum == CHILD else self._handle
             if signal.getsignal(signum) == own and in_main_thread():
                 signal.signal(signum, handler)
 
@@ -118,7 +118,7 @@ class Notice:
         if not self.signum:
             self.signum, self.at = signum, time.monotonic()
             if CHILD is not None and signal.getsignal(CHILD) is not None:
-                self.previous[CHILD] = signal.signal(CHILD, signal.SIG_DFL)
+                self.previous[CHILD] = signal.signal(CHILD, _passed_over)
         elif os.getpid() != self.process or time.monotonic() - self.at > SAME_S:
             self.hurried = True
             self._pass_on(signum, frame)
@@ -130,3 +130,7 @@ class Notice:
             handler(signum, frame)
         else:  # the system's: the process ends here
             os.kill(os.getpid(), signum)
+
+
+def _passed_over(signum: int, frame: FrameType | None) -> None:
+    """The handler for ends of children; with none, one that is under way would be complained of."""

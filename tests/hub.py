@@ -5,10 +5,9 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from forked import STARTER
 from serving import serving
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
@@ -140,7 +139,4 @@ def run_beside(hub, code, folder, *, token=TOKEN):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **settings}, cwd=folder,
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    return STARTER.run(code, env={**os.environ, **settings}, cwd=folder, strict=False)

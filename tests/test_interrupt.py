@@ -4,18 +4,18 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import loopkit as lk
 import pytest
 import torch
+from loopkit.interrupt import Notice
 from loopkit.testing import assert_bitwise_equal
 
 from feeds import mean_output, numbered, tiny_state
+from forked import STARTER
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -71,16 +71,17 @@ def test_an_interrupt_in_the_last_update_of_an_epoch_keeps_the_epochs_end():
 
 def test_a_signal_from_outside_waits_for_a_slow_update():
     """SIGINT sent by another thread in the middle of a slow step comes after its end."""
-    state, begun = tiny_state(), threading.Event()
+    state, begun, sent = tiny_state(), threading.Event(), threading.Event()
 
     def slow(state, batch):
         begun.set()
-        time.sleep(0.3)
+        assert sent.wait(60)
         return mean_output(state, batch)
 
     def send():
         begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
+        sent.set()
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -234,6 +235,25 @@ def test_a_run_may_be_closed_in_another_thread():
         signal.raise_signal(signal.SIGINT)
 
 
+def test_the_end_of_a_child_that_comes_with_the_signal_is_no_error():
+    """A job's workers die of its SIGTERM: of both signals at once the one is taken, and no more."""
+
+    def fails(signum, frame):
+        raise RuntimeError("a worker has died")
+
+    both = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.signal(signal.SIGCHLD, fails)
+    try:
+        with Notice([signal.SIGTERM]) as notice:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGCHLD)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        assert notice.signum == signal.SIGTERM
+        assert signal.getsignal(signal.SIGCHLD) is fails
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 SCRIPT = """
 import json, os, sys, time
 import loopkit as lk
@@ -257,19 +277,12 @@ except KeyboardInterrupt as kept:
 @pytest.mark.parametrize("window", [1, 4])
 def test_ctrl_c_at_a_terminal_ends_the_workers_and_keeps_whole_updates(window):
     """SIGINT to the whole group, workers included, ends in KeyboardInterrupt and a whole state."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(window)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    try:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with STARTER.begin(textwrap.dedent(SCRIPT), window, env=env, strict=False) as child:
         for _ in range(6):
-            assert child.stdout.readline() == "batch\n", child.stderr.read()
+            assert child.stdout.readline() == "batch\n"
         os.killpg(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=30)
-    finally:
-        child.kill()
-        child.wait()
+        out, err = child.communicate()
     assert child.returncode == 0, err
     step, batch, samples, workers = json.loads(out.splitlines()[-1])
     assert step >= 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader
 
 from loopkit.errors import DataError
@@ -134,10 +135,23 @@ def _guard(watching: Watch) -> None:
             return
         if since is not None and time.monotonic() - since > limit:
             hung, watching.told = _hang(batches, watching.timeout_s)
+            _forget(batches)
             for worker in hung:
                 worker.kill()
             return
         del batches
+
+
+def _forget(batches: Any) -> None:
+    """Have torch expect no more of the workers: it makes an error of the signal that one died.
+
+    That would be raised wherever the main thread is, often while it ends the other workers, and
+    stand in the place of what there is to say.
+    """
+    if vars(batches).get("_worker_pids_set"):
+        batches._worker_pids_set = False  # noqa: SLF001
+        with contextlib.suppress(ValueError):  # done meanwhile
+            _remove_worker_pids(id(batches))
 
 
 def _check_pinning(thread: threading.Thread | None) -> None:

@@ -1,6 +1,7 @@
 """Starting several processes from Python, for notebooks and tests."""
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from loopkit.parallel.environment import Environment
 from loopkit.parallel.failure import tell
 
 GRACE_S = 10.0  # how long the others have to end by themselves, once one has failed
+PORTS = range(20_000, 32_000)  # below those that systems give to connections
 
 
 def launch(
@@ -50,7 +52,7 @@ def launch(
     call = f"lk.launch({getattr(main, '__name__', main)}, {num_processes})"
     at_least_one(call, "num_processes", num_processes)
     context: Any = mp.get_context(one_of(call, "start_method", start_method, ("spawn", "fork")))
-    port, threads = _free_port(), max(1, torch.get_num_threads() // num_processes)
+    port, threads = free_port(), max(1, torch.get_num_threads() // num_processes)
     started = []
     for rank in range(num_processes):
         given = Environment(rank, num_processes, rank, "127.0.0.1", port)
@@ -69,10 +71,23 @@ def launch(
             process.join()
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens at, nor any connection will be given meanwhile.
+
+    What the system would choose is free when it says so; but seconds later, when the first
+    process listens there, one of its connections may have it.
+    """
+    ports = random.SystemRandom().sample(PORTS, len(PORTS))  # the user's generator is left alone
+    return next(port for port in ports if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _child(

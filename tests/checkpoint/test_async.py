@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import loopkit as lk
@@ -13,6 +12,7 @@ import pytest
 import torch
 from loopkit.checkpoint.disk import Disk
 
+from forked import STARTER
 from trainings import digest_of, make_state, restored, train
 
 ROOT = Path(__file__).parents[2]
@@ -112,10 +112,7 @@ def test_a_failure_of_the_writer_is_told_where_it_is_asked_for(tmp_path, ask):
 def run(code, tmp_path):
     """Run a program in a process of its own."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'checkpoint'}"}
-    program = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    return subprocess.run(
-        program, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    return STARTER.run(code, tmp_path, env=env)
 
 
 LEAVE = """
@@ -193,10 +190,9 @@ def test_a_second_live_run_in_a_folder_is_refused(tmp_path):
 
 def test_orphans_of_a_killed_run_do_not_hold_its_folder(tmp_path):
     """Data workers that outlive a killed run for a while do not stop the next one."""
-    code = HOLD.replace("sys.stdin.read(1)", "pid = os.fork()\nif not pid:\n    time.sleep(30)\n"
+    code = HOLD.replace("sys.stdin.read(1)", "pid = os.fork()\nif not pid:\n    time.sleep(600)\n"
                         "print(pid, flush=True)\nos.kill(os.getpid(), 9)")  # fmt: skip
     code = code.replace('print("held", flush=True)', "")
-    started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -205,12 +201,11 @@ def test_orphans_of_a_killed_run_do_not_hold_its_folder(tmp_path):
     orphan = int(process.stdout.readline())
     process.wait()
     try:
-        os.kill(orphan, 0)
         state = make_state()
         with lk.Checkpointer(tmp_path) as checkpoints:
             checkpoints.restore(state)
             checkpoints.save(state)
-        assert time.monotonic() - started < 25
+        os.kill(orphan, 0)  # it lives on
     finally:
         os.kill(orphan, 9)
         process.stdout.close()

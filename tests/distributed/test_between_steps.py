@@ -8,9 +8,9 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from torch.utils.data import DataLoader, DistributedSampler
 
+from pool import POOL
 from problems import classifier, make_batches, make_state
 
 

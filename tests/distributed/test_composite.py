@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from loopkit.testing import train_by_hand
-from pool import POOL
 from test_parity import close
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.experimental import context_parallel
 
+from pool import POOL
 from problems import halving, make_batches
 
 CHUNKS = 5

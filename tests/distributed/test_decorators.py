@@ -4,10 +4,10 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from test_parity import whole
 from torch.nn import functional as F
 
+from pool import POOL
 from problems import make_batches, make_state
 
 

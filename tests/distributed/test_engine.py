@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from loopkit.parallel.group_ranks import GroupRanks, start_equal
 from loopkit.testing import assert_bitwise_equal, train_by_hand
-from pool import POOL
 from test_parity import batches, classifier, close, fresh, token_classifier
 
+from pool import POOL
 from problems import halving
 
 

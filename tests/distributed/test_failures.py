@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import loopkit as lk
 import pytest
+from loopkit.parallel.launch import free_port
 
 TIMEOUT_S = 15
 SCRIPT = Path(__file__).parent / "failing.py"
@@ -43,20 +43,10 @@ def torchrun(kind, port, *extra):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def stopping():
     """Two that wait out their time limit while the other tests run."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    pair = [*ranks("stops", port)]
+    pair = [*ranks("stops", free_port())]
     yield pair
     for process in pair:
         with process:
@@ -65,9 +55,9 @@ def stopping():
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", MOST_S)
-def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, free_port, record_property):
+def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, record_property):
     """An error, a kill, an exit or a stop of rank 1 ends rank 0 in bounded time, with its name."""
-    first, second = stopping if kind == "stops" else ranks(kind, free_port)
+    first, second = stopping if kind == "stops" else ranks(kind, free_port())
     try:
         output, _ = first.communicate(timeout=120)
     finally:
@@ -87,11 +77,11 @@ def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, free_port,
 
 
 @pytest.mark.timeout(200)
-def test_ranks_with_unequal_data_all_end(free_port, tmp_path, monkeypatch, record_property):
+def test_ranks_with_unequal_data_all_end(tmp_path, monkeypatch, record_property):
     """Shares of 6 and 5 batches, saved and evaluated: the shorter goes on with weight 0."""
     monkeypatch.setenv("FAILING_FOLDER", str(tmp_path))
     began = time.monotonic()
-    code, output = torchrun("runs dry", free_port)
+    code, output = torchrun("runs dry", free_port())
     record_property("seconds", f"{time.monotonic() - began:.1f}")
     record_property("outcome", "both made 6 updates, with all that starting them takes")
     assert code == 0, output[-3000:]
@@ -100,10 +90,10 @@ def test_ranks_with_unequal_data_all_end(free_port, tmp_path, monkeypatch, recor
 
 
 @pytest.mark.timeout(200)
-def test_torchrun_restarts_what_failed_and_it_goes_on(free_port, tmp_path, monkeypatch):
+def test_torchrun_restarts_what_failed_and_it_goes_on(tmp_path, monkeypatch):
     """With --max-restarts a killed rank costs what was not saved: both end at the same step."""
     monkeypatch.setenv("FAILING_FOLDER", str(tmp_path))
-    code, output = torchrun("is killed once", free_port, "--max-restarts=1")
+    code, output = torchrun("is killed once", free_port(), "--max-restarts=1")
     assert code == 0, output[-3000:]
     assert output.count("restored step") == 2
     assert output.count("made 12 updates") == 2

@@ -15,10 +15,10 @@ from loopkit.checkpoint.disk import Disk
 from loopkit.checkpoint.folder import contents
 from loopkit.checkpoint.manifest import MANIFEST, File, Manifest
 from loopkit.checkpoint.restore import restore_one
-from pool import POOL
 from test_parity import STRATEGIES, classifier, fresh, whole
 from torch import nn
 
+from pool import POOL
 from problems import make_batches
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))

@@ -6,11 +6,11 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal, train_by_hand
-from pool import POOL
 from test_parity import Blocks, classifier, close, whole
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pool import POOL
 from problems import make_batches
 
 

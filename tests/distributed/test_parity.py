@@ -9,11 +9,11 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import train_by_hand
-from pool import POOL
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from pool import POOL
 from problems import halving, make_batches
 
 

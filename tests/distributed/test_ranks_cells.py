@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from pool import POOL
 
+from pool import POOL
 from resumes import CUTS, DATA, Cell, differences, gone_on, uncut
 
 ALL = os.environ.get("LOOPKIT_CELLS") == "all"

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +15,13 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.checkpoint.disk import Disk
+from loopkit.parallel.launch import free_port
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from test_failures import SLOW
 from test_parity import whole
 from test_ranks_resume import decorated, fresh, loader
+
+from pool import POOL
 
 TIMES = int(os.environ.get("LOOPKIT_PREEMPTIONS", "1"))  # 20 for the requirement R9
 UPDATES, MOST_S = 24, 10
@@ -133,9 +134,7 @@ def test_a_save_that_failed_on_the_first_rank_is_made_again_by_all(tmp_path):
 
 
 def started(folder):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     for rank in range(2):
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",

@@ -4,10 +4,11 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from test_parity import Blocks, whole
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from pool import POOL
 
 STRATEGIES = {"ddp": (2, "ddp"), "fsdp": (2, "fsdp"), "zero1": (2, "zero1"), "one": (1, "ddp")}
 

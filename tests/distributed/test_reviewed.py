@@ -4,11 +4,12 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal
-from pool import POOL
 from test_parity import Blocks, fresh, whole
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassConfusionMatrix
+
+from pool import POOL
 
 
 def masked_mean(state, batch):

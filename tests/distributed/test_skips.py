@@ -6,10 +6,10 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal, train_by_hand
-from pool import POOL
 from test_parity import close, whole
 from torch import nn
 
+from pool import POOL
 from problems import make_batches
 
 SCALE = 2.0**10

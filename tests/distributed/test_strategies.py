@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from loopkit.testing import assert_bitwise_equal, train_by_hand
-from pool import POOL
 from test_parity import Switched, batches, classifier, close, fresh, switched, whole
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pool import POOL
 from problems import halving
 
 

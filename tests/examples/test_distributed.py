@@ -3,8 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-import loopkit as lk
-import pytest
+from pool import POOL
 
 PATH = Path(__file__).parents[2] / "examples" / "distributed.py"
 
@@ -22,9 +21,8 @@ def test_one_process_learns_digits():
     assert trained("auto", 2)["accuracy"] > 0.8
 
 
-@pytest.mark.timeout(240)
 def test_two_ranks_learn_as_well_and_agree():
     """The same script on two ranks, sharded: equal scores on both."""
-    first, second = lk.launch(trained, 2, "fsdp", 3, timeout_s=200)
+    first, second = POOL.run(2, trained, "fsdp", 3)
     assert first == second
     assert first["accuracy"] > 0.7

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gpt
+from pool import POOL
 
 SMALL = {"WIDTH": 32, "LAYERS": 1, "SAVE_EVERY": 20}
 
@@ -80,11 +81,10 @@ def on_ranks(strategy, folder, updates):
     return example.main(strategy, folder=folder)
 
 
-@pytest.mark.timeout(280)
 def test_it_learns_on_two_ranks_and_goes_on_sharded(tmp_path):
     """Begun with DDP and gone on with FSDP2: the loss is that of both ranks, and has fallen."""
-    first, second = lk.launch(on_ranks, 2, "ddp", str(tmp_path), 30, timeout_s=250)
+    first, second = POOL.run(2, on_ranks, "ddp", str(tmp_path), 30)
     assert first == second
-    sharded, other = lk.launch(on_ranks, 2, "fsdp", str(tmp_path), 40, timeout_s=250)
+    sharded, other = POOL.run(2, on_ranks, "fsdp", str(tmp_path), 40)
     assert sharded == other
     assert sharded < first < 4.4

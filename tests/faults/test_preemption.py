@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -16,6 +14,7 @@ import torch
 from disks import Faulty
 from loopkit.checkpoint.preemption import SIGNALS
 
+from forked import STARTER
 from trainings import STEPS, digest_of, make_batches, make_state, restored, train
 
 ROOT = Path(__file__).parents[2]
@@ -361,19 +360,12 @@ JOBS = {
 def test_a_process_with_data_workers_ends_with_its_code(tmp_path, job):
     """Sent to it or to all of its group: workers that die of it do no harm; none outlives it."""
     kill, signum, data_s = JOBS[job]
-    child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), str(tmp_path), str(data_s)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )  # fmt: skip
-    try:
-        while child.stdout.readline() != "step 2\n":
-            assert child.poll() is None, child.stderr.read()
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with STARTER.begin(textwrap.dedent(SCRIPT), tmp_path, data_s, env=env) as child:
+        while (line := child.stdout.readline()) != "step 2\n":
+            assert line, child.communicate()
         kill(child.pid, signum)
-        out, err = child.communicate(timeout=30)
-    finally:
-        child.kill()
-        child.wait()
+        out, err = child.communicate()
     assert (child.returncode, err) == (128 + signum, "")
     steps = [int(line.split()[1]) for line in out.splitlines() if line.startswith("step")]
     assert "workers 0" in out

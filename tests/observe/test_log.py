@@ -21,6 +21,7 @@ from loopkit.observe.delivery import MOST_WAITING
 from loopkit.observe.fetch import Fetched, fetch
 from loopkit.observe.record import redacted, redacted_text
 
+from forked import STARTER
 from problems import classifier, make_batches, make_state
 
 
@@ -220,8 +221,7 @@ def test_every_record_is_on_disk_when_the_process_is_killed(tmp_path):
             log(state, loss=1 / state.step)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    done = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
-    assert done.returncode == -9
+    assert STARTER.run(script).returncode == -9
     assert logged_steps(tmp_path / "metrics.jsonl") == [*range(1, 101)]
     assert logged_steps(tmp_path / "metrics.csv") == [*range(1, 101)]
 
@@ -237,10 +237,7 @@ def test_a_log_that_nobody_closed_loses_nothing(tmp_path):
         log = lk.Log({str(tmp_path)!r}, Late(), "jsonl")
         log(lk.TrainState(torch.nn.Linear(1, 1)), loss=1)
     """)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120,
-        check=True,
-    )  # fmt: skip
+    done = STARTER.run(script)
     assert (done.stdout, done.stderr) == ("closed after [0]\n", "")
 
 
@@ -480,7 +477,8 @@ def test_one_rank_writes(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(script)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(path)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(path)],
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -4,14 +4,14 @@ import io
 import os
 import pty
 import re
-import subprocess
-import sys
 import textwrap
+import threading
 
 import loopkit as lk
 import pytest
 import torch
 
+from forked import STARTER
 from problems import classifier, make_batches, make_state
 
 SCRIPT = textwrap.dedent("""
@@ -26,13 +26,7 @@ SCRIPT = textwrap.dedent("""
 
 def test_into_a_pipe_it_writes_plain_lines():
     """Without a terminal each line says epoch, step, loss, speed and what is left."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = STARTER.run(SCRIPT)
     lines = done.stderr.splitlines()
     assert re.match(r"epoch 0  step 1/30  loss -?[\d.]+ lr 0.1$", lines[0])
     assert re.match(
@@ -46,19 +40,25 @@ def test_into_a_pipe_it_writes_plain_lines():
 def on_a_terminal(script, *, columns=80):
     """What a script writes to a terminal, and the screens that it shows one after the other."""
     parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], stderr=child, stdout=child,
-        env={**os.environ, "COLUMNS": str(columns), "LINES": "24", "TERM": "xterm-256color"},
-    )  # fmt: skip
-    os.close(child)
-    shown = b""
+    env = {**os.environ, "COLUMNS": str(columns), "LINES": "24", "TERM": "xterm-256color"}
+    ended = []
+
+    def run():
+        ended.append(
+            STARTER.run(textwrap.dedent(script), env=env, terminal=os.ttyname(child)).returncode
+        )
+        os.close(child)
+
+    running, shown = threading.Thread(target=run), b""
+    running.start()
     try:
         while piece := os.read(parent, 65536):
             shown += piece
     except OSError:  # the other end was closed
         pass
     os.close(parent)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    running.join()
+    assert ended == [0], shown.decode()
     return [*screens(shown.decode())]
 
 
@@ -157,10 +157,7 @@ def test_an_evaluation_has_its_bar_below_and_lines_go_above(tmp_path):
 def test_into_a_pipe_a_nested_bar_says_nothing_for_a_short_evaluation(tmp_path):
     """Lines of an evaluation come only where it takes long, and then they are set in."""
     script = f"FOLDER = {str(tmp_path)!r}\n" + textwrap.dedent(EVALUATED)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120,
-        check=True,
-    )  # fmt: skip
+    done = STARTER.run(script)
     assert "val  " not in done.stderr.replace("val/loss", "")
     assert done.stdout == "printed 0\nprinted 1\n"
 

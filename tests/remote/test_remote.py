@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from loopkit.checkpoint.manifest import MANIFEST
 from loopkit.checkpoint.remote import Remote, place_of
 
+from forked import STARTER
 from trainings import digest_of, make_state, train
 
 ROOT = Path(__file__).parents[2]
@@ -285,11 +286,7 @@ print(digest_of(state), flush=True)
 def test_leaving_the_process_waits_for_the_last_save(server):
     """A script that ends without close leaves a checkpoint that is complete."""
     path = f"{ROOT}:{ROOT / 'tests'}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LEAVE, "s3://bucket/leave"],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    done = STARTER.run(LEAVE, "s3://bucket/leave", env={**os.environ, "PYTHONPATH": path})
     assert (done.returncode, done.stderr) == (0, "")
     state = make_state(big=torch.ones(3_000_000))
     assert lk.Checkpointer("s3://bucket/leave").restore(state)
@@ -316,11 +313,7 @@ writer.start(job)
 
 def test_the_last_save_can_look_up_hosts_while_the_process_ends():
     """Executors, which name look-ups need, end after the save, not before."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LOOK_UP],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
+    done = STARTER.run(LOOK_UP)
     assert (done.stdout, done.stderr) == ("found\n", "")
 
 

@@ -1,8 +1,11 @@
-"""Processes that run tests on several ranks: started once, with a group of their own each time."""
+"""Processes that run tests on several ranks: started once, with a group of their own each time.
+
+They are forked from a process that has imported what they need and done nothing else.
+"""
 
 import atexit
+import gc
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -11,13 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loopkit.parallel.launch import free_port
 
-LIMIT_S = 120
+IMPORTED = ("pytest", "hypothesis", "torch.distributed.fsdp", "torchmetrics", "loopkit.testing")
+LIMIT_S = 250  # below pytest's own, which would not say which rank it was
 
 
 def _work(pipe, rank, paths):
     sys.path[:0] = paths
     torch.set_num_threads(1)
+    gc.freeze()  # tests collect before they fork; what was imported need not be walked through
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -47,9 +53,7 @@ class Pool:
     def run(self, world, function, *arguments):
         """What the function returns on each of `world` ranks."""
         self._start(world)
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        port = free_port()
         for _, pipe in self.workers[:world]:
             pipe.send((world, port, function, arguments))
         answers = [
@@ -62,8 +66,9 @@ class Pool:
         return [value for _, value in answers]
 
     def _start(self, world):
-        context = mp.get_context("spawn")
-        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED])
+        paths = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
         while len(self.workers) < world:
             ours, theirs = context.Pipe()
             # Not as a daemon, which may not have data workers of its own
