@@ -233,6 +233,7 @@ STEPS = {
     "two, and blocks again": (twice, [lambda: lk.with_activation_checkpointing("layers.*")]),
     "sharpness-aware": (classifier, [lambda: lk.with_sam(0.1)]),
     "in parts": (twice, [lambda: lk.with_microbatch(2)]),
+    "in parts that fit": (twice, [lambda: lk.with_microbatch("auto")]),
 }
 WINDOWS = ["two forwards", "a target of its own", "all computed again"]
 
