@@ -67,8 +67,8 @@ def train(pace: Callable[[int], float]) -> tuple[list[float], list[float]]:
     accuracy = {"accuracy": MulticlassAccuracy(10, average="micro")}
     scores, mistaken = [], []
     for epoch in range(EPOCHS):
-        outputs = lk.predict(step, state, DataLoader(noisy, 500))
-        easiest = torch.cat([output["losses"] for output in outputs]).argsort()
+        outputs = lk.collect(lk.predict(step, state, DataLoader(noisy, 500)))
+        easiest = outputs["losses"].argsort()
         taken = easiest[: int(pace(epoch) * len(easiest))].tolist()
         loader = DataLoader(Subset(noisy, taken), 64, shuffle=True)
         *_, state = lk.run(step, state, loader, max_epochs=epoch + 1)

@@ -80,8 +80,8 @@ def step(state, batch):
 
 def embed(state, loader):
     """All embeddings, their labels, and which of them the head gets right."""
-    outputs, names = [*lk.predict(step, state, loader)], ("embedded", "labels", "right")
-    return tuple(torch.cat([output[name] for output in outputs]) for name in names)
+    outputs = lk.collect(lk.predict(step, state, loader))
+    return outputs["embedded"], outputs["labels"], outputs["right"]
 
 
 def draw(labels, drawings, picture):

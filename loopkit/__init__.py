@@ -12,6 +12,7 @@ from loguru import logger
 
 from loopkit.averages import ema_weights
 from loopkit.background import Background, background
+from loopkit.collect import collect
 from loopkit.compose import Decorator, compose, eval_step, explain, own, train_step, wrap
 from loopkit.data.order import Uneven
 from loopkit.data.samples import seeded
@@ -50,7 +51,8 @@ from loopkit.errors import (
     UsageError,
 )
 from loopkit.evaluate import evaluate
-from loopkit.every import every
+from loopkit.every import Moment, every
+from loopkit.modes import inference
 from loopkit.observe.progress import bar, progress
 from loopkit.predict import predict
 from loopkit.ranks import Ranks
@@ -232,6 +234,7 @@ __all__ = [
     "MLflow",
     "MicroBatches",
     "MissingExtraError",
+    "Moment",
     "NonFiniteError",
     "OutputError",
     "Preempted",
@@ -264,6 +267,7 @@ __all__ = [
     "agree",
     "background",
     "bar",
+    "collect",
     "compose",
     "configure_optimizer",
     "constant",
@@ -284,6 +288,7 @@ __all__ = [
     "find_batch_size",
     "find_lr",
     "group_by_length",
+    "inference",
     "inverse_sqrt",
     "launch",
     "learning_rates",

@@ -176,8 +176,10 @@ class Known:
 def _known(state: TrainState) -> Any:
     outcome = state.outcome
     divisor = outcome.divisor()
-    weight = None if divisor is None else torch.as_tensor(divisor, device=state.device)
-    return Known(outcome.mean(), weight, outcome.is_empty())
+    if divisor is not None and not isinstance(divisor, Tensor):  # filled there: a copy would wait
+        wide = torch.get_default_dtype() if isinstance(divisor, float) else torch.int64
+        divisor = torch.full((), divisor, dtype=wide, device=state.device)
+    return Known(outcome.mean(), divisor, outcome.is_empty())
 
 
 @attrs.frozen
@@ -200,7 +202,9 @@ class CompiledApply:
         """The functional form of the optimizer, made once."""
         held = self._forms.get(id(optimizer))
         if held is None or held[0] is not optimizer:
-            held = self._forms[id(optimizer)] = optimizer, functional_form(optimizer)
+            graphs = self.settings.get("mode") in CUDA_GRAPHS
+            form = functional_form(optimizer, in_graphs=graphs)
+            held = self._forms[id(optimizer)] = optimizer, form
         return held[1]
 
     def __call__(self, state: TrainState, recompute: Recompute) -> bool | Tensor:

@@ -1,5 +1,6 @@
 """Devices: choosing one, and moving batches to it."""
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -130,18 +131,26 @@ def prefetch(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
 
 
 def _copied_ahead(batches: Iterable[Any], target: torch.device) -> Iterator[Any]:
-    copies = torch.Stream(target)
+    copies = _copy_stream(target)
     waiting: tuple[Any, torch.Event] | None = None
     for batch in batches:
-        copies.wait_stream(torch.accelerator.current_stream())  # memory it gets may still be read
+        # Memory that a copy gets is that of earlier batches, which may still be read. And it is the
+        # target's stream that counts: another device may be the current one.
+        copies.wait_stream(torch.accelerator.current_stream(target))
         with copies:
             moved = to_device(map_tensors(_pinned, batch), target, non_blocking=True)
             arrived = copies.record_event()
         if waiting is not None:
-            yield _received(*waiting)
+            yield _received(*waiting, target)
         waiting = moved, arrived
     if waiting is not None:
-        yield _received(*waiting)
+        yield _received(*waiting, target)
+
+
+@functools.cache
+def _copy_stream(target: torch.device) -> torch.Stream:
+    """One for each device: torch keeps the memory that was freed of each stream apart."""
+    return torch.Stream(target)
 
 
 def _pinned(leaf: Any) -> Any:
@@ -151,6 +160,6 @@ def _pinned(leaf: Any) -> Any:
     return leaf
 
 
-def _received(batch: Any, arrived: torch.Event) -> Any:
-    torch.accelerator.current_stream().wait_event(arrived)
+def _received(batch: Any, arrived: torch.Event, target: torch.device) -> Any:
+    torch.accelerator.current_stream(target).wait_event(arrived)
     return batch

@@ -21,13 +21,18 @@ Interval = int | str | datetime.timedelta
 
 @attrs.frozen
 class Moment:
-    """A state's clock as it was at some update.
+    """A state's clock as it was at some update: by default before the first.
 
-    Attributes:
+    Args:
         step: Updates.
         samples: Samples.
         epoch: Epochs, the one that has just ended included.
         batch: Batches of the next.
+
+    Example:
+        >>> import torch
+        >>> Moment.of(TrainState(torch.nn.Linear(2, 1))) == Moment()
+        True
     """
 
     step: int = 0
@@ -92,8 +97,8 @@ class Every:
 
         Args:
             state: After an update.
-            since: When it was looked at last, where not after each update; the multiple may
-                then lie anywhere between. By default one update before.
+            since: The moment of the question before; it is time where a multiple lies
+                anywhere after it. By default that of one update before.
         """
         if self.unit == "second":
             return self._time(state)
@@ -149,7 +154,11 @@ def every(interval: Interval, *, first: bool = False) -> Every:
     resumed run is answered as the first would have been. Time is no such function: it counts
     from when `every` was called, then from when it was last true, so that a resumed run
     counts anew. Several ranks agree on time and on samples in a small exchange: all have to ask.
-    Who looks less often than after each update says when that was last: `due(state, since)`.
+
+    Without a memory, the answer is for the last update alone: who asks after each 7th update
+    finds `every(50)` true at 350, which both divide, and not at 56. Who asks less often than
+    after each update therefore says when that was last, by a `Moment`, and has an answer for all
+    updates since: `due(state, since)`. `checkpoints.wrap` and `log.wrap` do that by themselves.
 
     Args:
         interval: Updates (`500`, `"500 steps"`); epochs, at their ends (`"epoch"`, `"2ep"`)
@@ -168,6 +177,13 @@ def every(interval: Interval, *, first: bool = False) -> Every:
         >>> due = every(10, first=True)
         >>> [state.step for state.step in range(25) if due(state)]
         [1, 10, 20]
+        >>> due, since, saved = every(10), Moment(), []
+        >>> for state.step in range(7, 43, 7):
+        ...     if due(state, since):
+        ...         saved.append(state.step)
+        ...     since = Moment.of(state)
+        >>> saved
+        [14, 21, 35, 42]
     """
     return Every.of(interval, f"lk.every({interval!r})", first=first)
 

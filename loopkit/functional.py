@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static_address
 from torch.optim import Optimizer
 
 # For each optimizer of torch.optim: the lists that its functional form takes after parameters and
@@ -25,6 +26,7 @@ _LISTS = {
     "SGD": ("momentum_buffer",),
 }
 _NEEDS = {"max_exp_avg_sq": "amsgrad", "grad_avg": "centered", "momentum_buffer": "momentum"}
+_COUNTERS = ("step", "mu_product")
 _TRACED = {"foreach": True, "capturable": True}
 
 
@@ -51,11 +53,13 @@ class Form:
         function: Such as `torch.optim.adamw.adamw`.
         names: Of the lists that it takes, in the optimizer's state.
         keys: Of the param group, that it takes by name.
+        in_graphs: Whether it goes into CUDA graphs, which change memory in place that they know.
     """
 
     function: Callable[..., None]
     names: tuple[str, ...]
     keys: tuple[str, ...]
+    in_graphs: bool = False
     _rates: list[Tensor] = attrs.field(factory=list)
 
     def bind(self, optimizer: Optimizer) -> list[Group] | None:
@@ -68,6 +72,8 @@ class Form:
             needed = [n for n in self.names if n not in _NEEDS or group[_NEEDS[n]]]
             parameters = [p for p in group["params"] if p.requires_grad]
             kept = [state.get(p, {}) for p in parameters]
+            if self.in_graphs:
+                _hold_still(group, parameters, kept)
             try:
                 columns = {name: [k[name] for k in kept] for name in needed}
             except KeyError:
@@ -82,14 +88,16 @@ class Form:
         return groups
 
     def _rate(self, index: int, rate: float | Tensor, parameters: list[Tensor]) -> Tensor:
-        if isinstance(rate, Tensor):
-            return rate
         device = parameters[0].device if parameters else torch.device("cpu")
+        if isinstance(rate, Tensor) and rate.device == device:
+            return rate
         if index == len(self._rates):
-            self._rates.append(torch.tensor(0.0, device=device))
+            self._rates.append(torch.zeros((), device=device))
         held = self._rates[index]
         if held.device != device:
-            held = self._rates[index] = torch.tensor(0.0, device=device)
+            held = self._rates[index] = torch.zeros((), device=device)
+        if isinstance(rate, Tensor):  # read from a checkpoint, it lies on the host
+            return held.copy_(rate, non_blocking=True)
         return held.fill_(rate)
 
     def update(self, groups: list[Group], verdict: Tensor | None) -> Tensor | None:
@@ -130,7 +138,24 @@ class Form:
         return given
 
 
-def functional_form(optimizer: Any) -> Form | None:
+def _hold_still(group: dict[str, Any], parameters: list[Tensor], kept: list[Any]) -> None:
+    """Make of an optimizer's state what CUDA graphs can change in place.
+
+    A counter on the host, or memory that may lie elsewhere next time, keeps torch from making any
+    graph. Dynamo does the same to optimizers whose `step` it traces
+    (torch/_dynamo/variables/optimizer.py), but puts counters on the device before their first use.
+    """
+    for parameter, own in zip(parameters, kept, strict=True):
+        for name in _COUNTERS if "capturable" in group and not parameter.is_cpu else ():
+            if name in own and own[name].is_cpu:
+                own[name] = own[name].to(parameter.device)
+                group["capturable"] = True  # its own `step`, uncompiled, takes them there then
+        for tensor in own.values():
+            if isinstance(tensor, Tensor) and not hasattr(tensor, "_dynamo_static_input_type"):
+                mark_static_address(tensor, guard=False)
+
+
+def functional_form(optimizer: Any, *, in_graphs: bool = False) -> Form | None:
     """The functional form of an optimizer, or None for one that has none that is known.
 
     Known are those of torch.optim themselves (no subclasses, which may do other things) over
@@ -147,4 +172,4 @@ def functional_form(optimizer: Any) -> Form | None:
         return None
     function = getattr(sys.modules[kind.__module__], kind.__name__.lower())
     keys = inspect.signature(function).parameters.keys() - {"params"}
-    return Form(function, _LISTS[kind.__name__], tuple(sorted(keys)))
+    return Form(function, _LISTS[kind.__name__], tuple(sorted(keys)), in_graphs)

@@ -49,7 +49,15 @@ def _needed_guards(guards: Sequence[Any]) -> list[bool]:
 
 _NOT_TRACED = (exc.Unsupported, exc.UserError)
 OPTIONS = {"guard_filter_fn": _needed_guards, "size_asserts": False}
-"""What a `Program` asks of inductor where the user asked for no mode."""
+"""What a `Program` asks of inductor, beside what the user's mode means."""
+
+
+def _meant_by(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options  # which takes long to import
+
+    return list_mode_options(mode)
 
 
 @attrs.define(eq=False)
@@ -108,8 +116,9 @@ class Program:
         self._own = types.FunctionType(code, self.function.__globals__, self.function.__name__)
         self._names = code.co_varnames[: code.co_argcount]
         settings = {"fullgraph": whole, **self.settings}
-        if not settings.get("mode") and settings.get("backend", "inductor") == "inductor":
-            settings["options"] = {**OPTIONS}  # torch takes them out of it
+        if settings.get("backend", "inductor") == "inductor":
+            # A mode is a name for options, and torch takes one of the two only
+            settings["options"] = {**_meant_by(settings.pop("mode", None)), **OPTIONS}
         self._compiled = torch.compile(self._own, **settings)
         self._graphs = []
         self._whole = whole

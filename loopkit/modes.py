@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from loopkit.given import check_state
 from loopkit.position import generators_of
 from loopkit.rng import rng_state, set_rng_state
 from loopkit.state import TrainState
@@ -31,6 +32,36 @@ def eval_modes(state: TrainState) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def inference(state: TrainState) -> Iterator[nn.Module]:
+    """The model to be used by hand between updates: in eval mode, and without gradients.
+
+    Each module has its own mode again afterwards, as after `evaluate`: what its owner has
+    frozen stays frozen, where `model.train()` would wake it up. What is computed here may go
+    into a loss later. It draws random numbers as any code does, and of parameters that lie in
+    parts on several ranks all of them have to use the model.
+
+    Args:
+        state: Its model, and the modules among its extras.
+
+    Returns:
+        The model; within `ema_weights(state)` with the averages.
+
+    Raises:
+        UsageError: If it is no state.
+
+    Example:
+        >>> state = TrainState(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        >>> with inference(state) as model:
+        ...     out = model(torch.ones(1, 2))
+        >>> out.requires_grad, model.training
+        (False, True)
+    """
+    check_state("lk.inference(state)", state)
+    with eval_modes(state), torch.no_grad():
+        yield state.model
 
 
 @contextmanager

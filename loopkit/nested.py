@@ -83,6 +83,22 @@ def _field_names(tree: Any) -> tuple[str, ...]:
     return ()
 
 
+def children_of(tree: Any) -> dict[Any, Any] | None:
+    """What a container holds directly, by key, number or field; None for what is no container.
+
+    Example:
+        >>> children_of(("a", 1)), children_of("text")
+        ({0: 'a', 1: 1}, None)
+    """
+    if isinstance(tree, Tensor) or _moves_itself(tree):
+        return None
+    if isinstance(tree, list | tuple):
+        return dict(enumerate(tree))
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    return {name: getattr(tree, name) for name in _field_names(tree)} or None
+
+
 def leaves_of(tree: Any) -> Iterator[Any]:
     """What `tree` holds that is no container, in order.
 

@@ -94,8 +94,14 @@ def _mean(values: list[tuple[Scalar, Weight | None]]) -> Tensor:
     stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # of counts, of bf16
     if values[0][1] is None:
         return stacked.mean()
-    weights = torch.stack([torch.as_tensor(weight).to(stacked) for _, weight in values])
+    weights = torch.stack([_like(stacked, weight) for _, weight in values])
     return torch.where(weights > 0, stacked * weights, 0).sum() / weights.sum()
+
+
+def _like(tensor: Tensor, weight: Weight | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(tensor)
+    return torch.full((), weight or 0, dtype=tensor.dtype, device=tensor.device)
 
 
 def _tensors(values: list[tuple[Scalar, Weight | None]]) -> list[Tensor]:

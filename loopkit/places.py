@@ -159,7 +159,16 @@ def divide_by_weight(state: TrainState) -> None:
     divisor = None if alone else outcome.divisor()
     if divisor is not None and (gradients := state.gradients()):
         with torch.no_grad():
-            torch._foreach_div_(state.ranks.local(gradients), divisor)
+            _divide(state.ranks.local(gradients), divisor)
+
+
+def _divide(gradients: list[Tensor], divisor: Any) -> None:
+    if not isinstance(divisor, Tensor):
+        torch._foreach_div_(gradients, divisor)
+        return
+    for device in {gradient.device for gradient in gradients}:
+        held = [gradient for gradient in gradients if gradient.device == device]
+        torch._foreach_div_(held, divisor.to(device))
 
 
 def gather_votes(state: TrainState) -> Tensor | None:
@@ -167,7 +176,10 @@ def gather_votes(state: TrainState) -> Tensor | None:
     votes = state.votes
     if not votes:
         return None
-    return torch.stack([vote.to(votes[0].device) for vote in votes]).amax()
+    device = votes[0].device
+    for vote in votes:  # to a device nothing waits; from there to the host it does
+        device = device if vote.is_cpu else vote.device
+    return torch.stack([vote.to(device, non_blocking=True) for vote in votes]).amax()
 
 
 @attrs.frozen

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from loopkit.errors import DamageError, RankError
+from loopkit.errors import DamageError, LoopkitError, NonFiniteError, RankError, UsageError
+from loopkit.parallel.environment import environment
 
 _NOTHING = nullcontext()
 
@@ -27,6 +28,7 @@ class Ranks:
         shards_tensors: Whether some parameters are DTensors, of which each holds a part.
         shards_optimizer: Whether each holds the optimizer state of its own part only.
         alone: Whether there is no other process.
+        device: Where this process computes, if its parameters are kept elsewhere.
 
     Example:
         >>> Ranks().is_first, Ranks().size
@@ -37,6 +39,7 @@ class Ranks:
     size: int = 1
     shards_optimizer: bool = False
     shards_tensors: bool = False
+    device: torch.device | None = None
     alone: ClassVar[bool] = True
 
     @property
@@ -53,7 +56,18 @@ class Ranks:
         return tensor
 
     def share(self, data: Any) -> Any:
-        """This rank's part of some data, for a run: the same one each time."""
+        """This rank's part of some data, for a run: the same one each time.
+
+        Raises:
+            UsageError: Where there are several processes, and this state is not set up for them.
+        """
+        if (size := _processes()) > 1:  # each would train on all of it, and nobody would see
+            raise UsageError(
+                "state.ranks.share(data)",
+                f"{size} processes, and a state that is not set up for them",
+                "state = step.set_up(state) before, with @lk.distributed() on the step; where"
+                " each process is to train by itself, the data as it is",
+            )
         return data
 
     def share_once(self, data: Any, limit_batches: float | None = None) -> Any:  # noqa: ARG002
@@ -149,6 +163,14 @@ ALONE = Ranks()
 """One process."""
 
 
+def _processes() -> int:
+    """How many were started together, whether they have joined or not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    found = environment()
+    return 1 if found is None else found.world_size
+
+
 def together(ranks: Ranks, what: str, action: Callable[[], Any]) -> Any:
     """Do on the first rank what only one process may, and give all ranks what it gave.
 
@@ -184,6 +206,7 @@ def everywhere(exchange: Exchange, what: str, action: Callable[[], Any]) -> Any:
 
     Raises:
         DamageError: On all, where it is what every rank that failed found.
+        NonFiniteError: On the ranks that did not fail, where one found that.
         RankError: On the ranks that did not fail, otherwise; on the others, their own error.
     """
     result = failure = None
@@ -192,23 +215,27 @@ def everywhere(exchange: Exchange, what: str, action: Callable[[], Any]) -> Any:
     except Exception as error:  # noqa: BLE001  # raised below, when the others know
         failure = error
     try:
-        said = exchange(failure and (isinstance(failure, DamageError), _words(failure)))
+        said = exchange(failure and _told(failure))
     except Exception as error:
         raise failure or error from error
     failed = [(rank, *told) for rank, told in enumerate(said) if told]
     if not failed:
         return result
-    damaged = all(is_damage for _, is_damage, _ in failed)
+    damaged = all(kind is DamageError for _, kind, _ in failed)
     if failure is not None and isinstance(failure, DamageError) == damaged:
         raise failure
-    rank, _, words = next(entry for entry in failed if entry[1] == damaged)
-    if damaged:
-        raise DamageError(what, f"{words}, on rank {rank}", "as that error says")
-    raise RankError(what, f"that rank {rank} failed at it: {words}", "as that error says")
+    rank, kind, words = next(entry for entry in failed if (entry[1] is DamageError) == damaged)
+    where = "that rank {} failed at it: {}" if kind is RankError else "{1}, on rank {0}"
+    failure = kind(what, where.format(rank, words), "as that error says")
+    raise failure
 
 
-def _words(error: Exception) -> str:
-    return error.found if isinstance(error, DamageError) else f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> tuple[type[LoopkitError], str]:
+    """What it is for ranks that are well: the same where the state, or a file, is at fault."""
+    for kind in (DamageError, NonFiniteError):
+        if isinstance(error, kind):
+            return kind, error.found
+    return RankError, f"{type(error).__name__}: {error}"
 
 
 def is_main_rank() -> bool:

@@ -309,7 +309,8 @@ def run(
     """
     check_data("run(step, state, data)", data)
     lifted = train_step(step)
-    part = lifted.set_up(_checked(state)).ranks.share(data)
+    ranks = lifted.set_up(_checked(state)).ranks
+    part = data if ranks.alone else ranks.share(data)  # processes may train apart, by plain steps
     limits = Limits.of(part, max_epochs, max_steps, max_time, limit_batches)
     return Run(lifted, state, part, limits)
 

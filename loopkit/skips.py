@@ -6,6 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from loopkit.arriving import Arriving
+
 LOOK_EVERY = 64  # updates; a number that set out so long ago has arrived
 
 
@@ -24,7 +26,7 @@ class Skips:
     in_a_row: int = 0
     _last: int | None = None
     _on_device: Tensor | None = None
-    _arriving: tuple[Tensor, Any] | None = None
+    _arriving: Arriving | None = None
 
     def count(self, state: Any) -> int:
         """Count the last update of a state, once however often it is told; the count so far.
@@ -60,11 +62,5 @@ class Skips:
         if step % LOOK_EVERY:
             return
         if self._arriving is not None:
-            there, arrived = self._arriving
-            arrived.synchronize()
-            self.in_a_row = int(there)
-        there = torch.empty_like(count, device="cpu", pin_memory=count.is_cuda)
-        there.copy_(count, non_blocking=True)
-        arrived = torch.Event(count.device)
-        arrived.record(torch.accelerator.current_stream(count.device))
-        self._arriving = there, arrived
+            self.in_a_row = int(self._arriving.value())
+        self._arriving = Arriving.of(count)

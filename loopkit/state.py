@@ -151,7 +151,9 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are (the first one's device)."""
+        """Where the model computes: where its first parameter is, or is taken to from the host."""
+        if (elsewhere := self.ranks.device) is not None:
+            return elsewhere
         for group in () if self.optimizer is None else self.optimizer.param_groups:
             for parameter in group["params"]:  # a look-up; model.parameters() walks modules
                 return parameter.device  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ optim.create
 optim.combined optim.groups optim.plot optim.phases
 optim.schedule
 optim
-run predict
+run predict collect
 observe.log observe.plot
 observe.delivery observe.console observe.trackers observe.progress observe.timing observe.throughput
 observe.profile observe.summary observe.monitor
@@ -65,7 +65,6 @@ parallel.whole data.shard
 parallel.zero
 parallel.decisions parallel.group parallel.launch
 parallel.failure parallel.repoint parallel.gathered
-parallel.environment parallel
 types modes metrics averages
 updates every stop
 given
@@ -75,7 +74,8 @@ restored
 check checked outcome window interrupt seed position
 parts
 nested plain extras rng counting norms data.order data.samples data.watch ranks silence skips
-errors exact closing data.epoch data
+parallel.environment parallel
+errors exact closing data.epoch data arriving
 """.split("\n")[1:-1]
 
 

@@ -13,6 +13,8 @@ from loopkit.functional import functional_form
 from loopkit.graphs import Program, allow_backward
 from loopkit.testing import train_by_hand
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 from torch.nn import functional as F
 
 from problems import MODELS, classifier, halving, make_batches, make_state, train
@@ -305,6 +307,42 @@ def test_what_an_update_found_outlives_the_memory_of_its_cuda_graphs(size):
         ]
     assert marked() - before == state.step == 8 // size
     assert_close(*found.values())
+
+
+changed_in_place = []
+
+
+@torch._dynamo.register_backend(name="seen_by_cuda_graphs")
+def seen_by_cuda_graphs(graph, inputs, **settings):
+    """Notes the shapes of what a graph changes in place without knowing that it lies still."""
+
+    def compiled(made, examples):
+        found = TracingContext.get().fw_metadata
+        moving = {*found.mutated_inp_runtime_indices} - {*found.static_input_indices}
+        changed_in_place.append([examples[i].shape for i in sorted(moving)])
+        return made.forward
+
+    return aot_autograd(fw_compiler=compiled)(graph, inputs)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "fused adamw", "nadam"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_cuda_graphs_change_in_place_only_what_lies_still(optimizer, size):
+    """Torch makes none of a graph that changes other inputs than those, and gradients of graphs."""
+    changed_in_place.clear()
+    compiled = functools.partial(lk.with_compile, "step", backend="seen_by_cuda_graphs")
+    layers = [lk.with_clip(0.3), lk.with_schedule(lr=halving)]
+    layers += [lk.with_grad_accum(size)] * (size > 1)
+    state = state_of(optimizer=optimizer)
+    step = lk.compose(compiled(mode="reduce-overhead"), *layers)(classifier)
+    train(step, state, make_batches(8))
+    gradients = [p.shape for p in state.parameters()]  # from the graphs before, in their memory
+    assert changed_in_place == ([[]] if size == 1 else [[], [], gradients])
+    changed_in_place.clear()
+    train(
+        lk.compose(compiled(), *layers)(classifier), state_of(optimizer=optimizer), make_batches(8)
+    )
+    assert len(changed_in_place[-1]) > len(gradients) * (size > 1)  # without that mode: the state
 
 
 def test_tracing_leaves_the_settings_of_torch_as_they_were():

@@ -130,6 +130,21 @@ def test_a_save_is_due_when_a_multiple_lies_among_the_updates_of_a_look(
         assert not extra
 
 
+@pytest.mark.parametrize("interval", ["50 steps", "3ep", "260 samples"])
+def test_asked_rarely_it_answers_for_all_updates_since_the_moment_it_is_given(interval):
+    """Asked after each 7th: without a moment where a multiple lies on one of those, else rarely."""
+    due, since, state = lk.every(interval), lk.Moment(), make_state()
+    alone, found = [], []
+    for state in lk.run(classifier, state, make_batches(8), max_steps=420):
+        if state.step % 7 == 0:
+            alone += [state.step] * due(state)
+            found += [state.step] * due(state, since)
+            since = lk.Moment.of(state)
+    every = {"50 steps": 50, "3ep": 24, "260 samples": 52}[interval]
+    assert alone == [n for n in range(7, 421, 7) if n % every == 0]
+    assert found == [-(-n // 7) * 7 for n in range(every, 421, every)]
+
+
 def test_a_log_is_due_when_a_multiple_lies_among_the_updates_of_a_look(tmp_path):
     """Looked at every 7th update, a log of every 10 has the first look after each ten."""
     state = make_state()

@@ -22,6 +22,40 @@ def scored(state, batch):
     return {"loss": F.cross_entropy(logits, batch[1]), "preds": logits, "target": batch[1]}
 
 
+def test_a_model_used_by_hand_is_in_eval_mode_without_gradients_and_then_as_it_was():
+    """With the averages where they are asked for; each module's mode comes back, also on error."""
+    state = lk.TrainState(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)))
+    state.model[1].eval()
+    with lk.inference(state) as model:
+        assert model is state.model
+        assert not any(module.training for module in model.modules())
+        kept = model(torch.ones(2, 4))
+    assert not kept.requires_grad
+    assert [m.training for m in state.model.modules()] == [True, True, False, True]
+    (nn.Linear(4, 1)(kept).sum()).backward()  # as a rollout's values go into a loss
+    with pytest.raises(ArithmeticError), lk.inference(state):
+        raise ArithmeticError
+    assert [m.training for m in state.model.modules()] == [True, True, False, True]
+    with pytest.raises(lk.UsageError, match="a Linear as the state"), lk.inference(nn.Linear(1, 1)):
+        pass
+
+
+def test_inference_uses_the_averages_where_they_are_swapped_in():
+    """The two contexts compose in either order, and both are undone."""
+    step, state, batches = lk.with_ema(0.5)(scored), make_state(), make_batches()
+    finish(lk.run(step, state, batches, max_steps=3))
+    inputs = batches[0][0]
+    with lk.inference(state) as model:
+        trained = model(inputs)
+    with lk.ema_weights(state), lk.inference(state) as model:
+        averaged = model(inputs)
+    with lk.inference(state) as model, lk.ema_weights(state):
+        assert torch.equal(model(inputs), averaged)
+    assert not torch.equal(trained, averaged)
+    with lk.inference(state) as model:
+        assert torch.equal(model(inputs), trained)
+
+
 def test_every_module_gets_its_own_mode_back():
     """Frozen parts stay frozen, and modules among the extras are treated alike, also on error."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))

@@ -21,10 +21,10 @@ with_nonfinite with_anomaly_detection with_closure seed_everything device to_dev
 Transform Forward Backward create_optimizer configure_optimizer param_groups CombinedOptimizer
 constant warmup linear cosine polynomial cosine_with_restarts inverse_sqrt wsd plot_schedule
 Log Sink Record CSV JSONL TensorBoard WandB MLflow Console bar adaptor throughput profile Timing
-summary plot learning_rates device_stats
-EarlyStopping every fast_dev_run overfit sanity_check find_lr find_batch_size detect_overflow
+summary plot learning_rates device_stats inference
+EarlyStopping every Moment fast_dev_run overfit sanity_check find_lr find_batch_size detect_overflow
 sharded Uneven distributed DDP FSDP TensorParallel launch agree reduce RankError
-seeded group_by_length pad_collate
+seeded group_by_length pad_collate collect
 Checkpointer CheckpointOptions load_best export load_weights preemptible Preempted
 with_sam with_swa update_bn with_freeze with_grad_noise with_neftune with_activation_checkpointing
 with_activation_offload with_optimizer_in_backward with_microbatch with_precision

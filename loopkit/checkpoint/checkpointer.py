@@ -133,7 +133,8 @@ class Checkpointer(Closing):
 
         Raises:
             UsageError: If the state holds what is no plain data, or a score is missing.
-            NonFiniteError: If a parameter is not finite.
+            NonFiniteError: If a parameter is not finite; of a save in the background, the next
+                one, `wait` or `close` says so, and nothing of it is there.
             CheckpointError: If an earlier save failed, another process saves in the folder,
                 or the folder holds later checkpoints that the state does not come from.
         """

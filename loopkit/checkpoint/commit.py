@@ -4,6 +4,7 @@ import contextlib
 import errno
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
@@ -11,7 +12,7 @@ import attrs
 from loopkit.checkpoint.disk import Disk, is_folder, names
 from loopkit.checkpoint.folder import TEMPORARY, Checkpoint, free_name
 from loopkit.checkpoint.lock import Lock
-from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest, Sums
+from loopkit.checkpoint.manifest import FILE_NAME, MANIFEST, File, Manifest
 
 Chunks = Iterable[memoryview]
 
@@ -22,14 +23,15 @@ def write_file(disk: Disk, path: Path, chunks: Chunks, *, sha256: bool = False) 
     Raises:
         OSError: If it is there already, or cannot be written.
     """
-    sums = Sums.of(sha256=sha256)
-    with _created(disk, path) as file:
-        for chunk in chunks:
-            sums.add(chunk)
-            while len(chunk):
-                chunk = chunk[disk.write(file, chunk) :]  # noqa: PLW2901
-        disk.sync(file)
-    return sums.file()
+    chunks = [*chunks]  # parts of memory that is there already
+    with ThreadPoolExecutor(1) as beside:  # a checksum takes as long as the writing
+        file = beside.submit(File.of, chunks, sha256=sha256)
+        with _created(disk, path) as opened:
+            for chunk in chunks:
+                while len(chunk):
+                    chunk = chunk[disk.write(opened, chunk) :]  # noqa: PLW2901
+            disk.sync(opened)
+        return file.result()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from loopkit.parts import Part, Scattered
 
 Json = Any
 Path = tuple[str, ...]
+PLAIN = {type(None), bool, int, str}  # what JSON has itself
 DEPTH = 100  # of nesting: far more than a state needs, far less than Python's stack
 
 
@@ -47,7 +48,7 @@ class Encoder:
             >>> Encoder().encode({"a": (1, float("nan")), "b": {0: None}})
             {'a': {'$tuple': [1, {'$float': 'nan'}]}, 'b': {'$dict': [[0, None]]}}
         """
-        if value is None or type(value) in {bool, int, str}:
+        if type(value) in PLAIN:
             return value
         if type(value) is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
@@ -76,6 +77,9 @@ class Encoder:
         return self._other(value, path)
 
     def _items(self, values: Iterable[Any], path: Path) -> Json:
+        values = [*values]
+        if PLAIN.issuperset(map(type, values)):  # the hundreds of a random generator's state
+            return values
         return [self.encode(value, (*path, str(i))) for i, value in enumerate(values)]
 
     def _pairs(self, values: Mapping[Any, Any], path: Path) -> Json:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -25,42 +26,27 @@ _whole: Any = and_(instance_of(int), not_(instance_of(bool)), ge(0))
 
 @attrs.frozen
 class File:
-    """Size and checksums of a file."""
+    """Size and checksums of a file.
+
+    Example:
+        >>> File.of([memoryview(b"abc")])
+        File(size=3, crc32='352441c2', sha256=None)
+    """
 
     size: int = attrs.field(validator=_whole)
     crc32: str = attrs.field(validator=matches_re(r"[0-9a-f]{8}"))
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(r"[0-9a-f]{64}")))
 
-
-@attrs.define
-class Sums:
-    """Size and checksums of bytes that pass by.
-
-    Example:
-        >>> sums = Sums.of(sha256=False)
-        >>> sums.add(memoryview(b"abc"))
-        >>> sums.file()
-        File(size=3, crc32='352441c2', sha256=None)
-    """
-
-    _sha256: Any
-    _size: int = 0
-    _crc32: int = 0
-
     @classmethod
-    def of(cls, *, sha256: bool) -> "Sums":
-        """Those of no bytes yet."""
-        return cls(hashlib.sha256() if sha256 else None)
-
-    def add(self, chunk: memoryview) -> None:
-        """Count these in."""
-        self._size, self._crc32 = self._size + len(chunk), zlib.crc32(chunk, self._crc32)
-        if self._sha256 is not None:
-            self._sha256.update(chunk)
-
-    def file(self) -> File:
-        """What the manifest says of them."""
-        return File(self._size, f"{self._crc32:08x}", self._sha256 and self._sha256.hexdigest())
+    def of(cls, chunks: Iterable[memoryview], *, sha256: bool = False) -> "File":
+        """Those of what is in these bytes, one after the other."""
+        size = crc32 = 0
+        strong = hashlib.sha256() if sha256 else None
+        for chunk in chunks:
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+            if strong is not None:
+                strong.update(chunk)
+        return cls(size, f"{crc32:08x}", None if strong is None else strong.hexdigest())
 
 
 @attrs.frozen

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from loopkit.checkpoint.disk import check_size, is_folder, names, read_bytes
-from loopkit.checkpoint.manifest import File, Sums
+from loopkit.checkpoint.manifest import File
 from loopkit.checkpoint.messages import ANOTHER_COPY, RESTORE
 from loopkit.checkpoint.tensors import CHUNK
 from loopkit.errors import CheckpointError, DamageError, StorageError, UsageError
@@ -90,12 +90,8 @@ class Remote:
         Raises:
             OSError: If it could not be written; then, as far as the store allows, it is not there.
         """
-        sums = Sums.of(sha256=sha256)
         with answered(self, "writing"), self._created() as file:
-            for chunk in chunks:
-                sums.add(chunk)
-                file.write(chunk)
-        return sums.file()
+            return File.of(_written(file, chunks), sha256=sha256)
 
     @contextlib.contextmanager
     def _created(self) -> Iterator[Any]:
@@ -150,6 +146,13 @@ def place_of(place: str | Place) -> Place:
     if ADDRESS.match(text) and not LOCAL.match(text):
         return Remote.of(text)
     return Path(LOCAL.sub("", text))
+
+
+def _written(file: Any, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The chunks, each once it is written."""
+    for chunk in chunks:
+        file.write(chunk)
+        yield chunk
 
 
 @contextlib.contextmanager

@@ -148,11 +148,10 @@ class Saver:
 
     def _write(self, taken: Snapshot | None, place: str | None, exchange: Exchange) -> None:
         """Write what this rank has; the first rank makes a checkpoint of what all have written."""
-        store, files = self._store(), {} if taken is None else taken.files()
-        manifest = None if taken is None else taken.manifest
+        store, manifest = self._store(), None if taken is None else taken.manifest
         place = place or store.begin(manifest.step)  # type: ignore[union-attr]
         try:
-            own = everywhere(exchange, SAVE, lambda: store.write(place, files))
+            own = everywhere(exchange, SAVE, lambda: _written(store, place, taken))
             written = {name: file for held in exchange(own) for name, file in held.items()}
         except BaseException:
             if manifest is not None:
@@ -207,6 +206,13 @@ class Saver:
         )
         failure.__cause__ = error
         return failure
+
+
+def _written(store: Store | ObjectStore, place: str, taken: Snapshot | None) -> dict[str, File]:
+    if taken is None:
+        return {}
+    taken.check()
+    return store.write(place, taken.files())
 
 
 def _explain_apart(error: CheckpointError) -> None:

@@ -1,6 +1,5 @@
 """What goes into a checkpoint: the state, copied to host memory, and its manifest."""
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,15 +35,37 @@ class Snapshot:
     """A state as it was when it was taken; what is done to the state later does not reach it.
 
     Attributes:
+        step: Updates so far.
         manifest: What it holds; the sizes of the files come later. None where another rank
             writes it, and the tree.
         tree: The state as JSON.
         tensors: Its files of tensors.
+        parameters: Those tensors that have to be finite, by name.
     """
 
+    step: int
     manifest: Manifest | None
     tree: Any
     tensors: Mapping[str, TensorFile]
+    parameters: Mapping[str, Tensor]
+
+    def check(self) -> None:
+        """Look at the parameters, in a hundredth of the time of `isfinite()`: at their sums.
+
+        Raises:
+            NonFiniteError: If one is not finite.
+        """
+        sums = [_sum(copy) for copy in self.parameters.values()]
+        if not sums or bool(torch.stack(sums).isfinite().all()):
+            return
+        bad = [n for n, copy in self.parameters.items() if not bool(copy.isfinite().all())]
+        if bad:  # and no sum that overflowed
+            raise NonFiniteError(
+                SAVE,
+                f"parameters that are not finite at step {self.step}: {shown(bad)}",
+                "with_nonfinite(...) on the step to find or skip such updates, and the last"
+                " checkpoint to go on from; or CheckpointOptions(allow_nonfinite=True)",
+            )
 
     def files(self) -> dict[str, Iterator[memoryview]]:
         """The contents of the files, by name."""
@@ -88,7 +109,6 @@ def take(
 
     Raises:
         UsageError: If the state holds what is no plain data.
-        NonFiniteError: If a parameter is not finite.
     """
     ranks, encoder = state.ranks, Encoder()
     left_out = [] if frozen else frozen_names(state.model, state_dict["model"])
@@ -100,11 +120,12 @@ def take(
         tree |= {"pieces": found.index}
         files |= {name_of(ranks.number): found.mine} if found.mine else {}
     tree |= {"frozen": left_out} if left_out else {}
-    sums = None if allow_nonfinite else Sums.of(state)
-    tensors = _everywhere(ranks, lambda: _copied(state, files, buffers, sums))
+    tensors = _everywhere(ranks, lambda: _copied(files, buffers))
+    finite = {} if allow_nonfinite else _parameters(state, tensors)
     if ranks.is_first:
-        return Snapshot(_manifest(state, scores, state_dict), tree, tensors)
-    return Snapshot(None, None, tensors) if tensors else None
+        manifest = _manifest(state, scores, state_dict)
+        return Snapshot(state.step, manifest, tree, tensors, finite)
+    return Snapshot(state.step, None, None, tensors, finite) if tensors else None
 
 
 def _tree(state: TrainState, state_dict: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
@@ -122,24 +143,22 @@ def _everywhere(ranks: Ranks, action: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def _copied(
-    state: TrainState,
-    files: Mapping[str, Mapping[str, Tensor]],
-    buffers: dict[str, Tensor],
-    sums: "Sums | None",
+    files: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, Tensor]
 ) -> dict[str, TensorFile]:
-    looks = {}  # at what passes by, in the file of weights and in that of this rank's parts
-    if sums is not None:
-        looks["model"] = functools.partial(sums.add, "model/")
-        looks[name_of(state.ranks.number)] = functools.partial(sums.add, "")
-    tensors = {
-        name: copy_to_host(found, buffers.get(name), seen=looks.get(name))
-        for name, found in files.items()
-    }
-    if sums is not None:
-        sums.check(state)
+    tensors = {name: copy_to_host(found, buffers.get(name)) for name, found in files.items()}
     buffers.clear()
     buffers.update({name: file.body for name, file in tensors.items()})
     return tensors
+
+
+def _parameters(state: TrainState, files: Mapping[str, TensorFile]) -> dict[str, Tensor]:
+    """The copies of the parameters that can be other than finite."""
+    named = state.model.named_parameters(remove_duplicate=False)
+    names = {name for name, p in named if p.is_floating_point()}
+    whole = files["model"].tensors if "model" in files else {}
+    parts = files[own].tensors if (own := name_of(state.ranks.number)) in files else {}
+    found = {**whole, **{n.removeprefix("model/"): t for n, t in parts.items()}}
+    return {name: found[name] for name in found.keys() & names}
 
 
 def _manifest(
@@ -158,54 +177,9 @@ def _manifest(
     )
 
 
-@attrs.frozen
-class Sums:
-    """The sums of a model's parameters: finite only if all they add up are.
-
-    Computing them takes a hundredth of the time of `isfinite()`.
-
-    Attributes:
-        names: The parameters that can be other than finite, as `model/<name>`.
-        seen: Those that were summed up, each with its sum, on the device.
-    """
-
-    names: frozenset[str]
-    seen: dict[str, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
-
-    @classmethod
-    def of(cls, state: TrainState) -> "Sums":
-        """Those of no parameter yet."""
-        named = state.model.named_parameters(remove_duplicate=False)
-        return cls(frozenset(f"model/{name}" for name, p in named if p.is_floating_point()))
-
-    def add(self, prefix: str, name: str, weight: Tensor) -> None:
-        """Sum one up, if it is a parameter."""
-        if prefix + name in self.names:
-            self.seen[prefix + name] = weight, _sum(weight)
-
-    def check(self, state: TrainState) -> None:
-        """Read them, all at once.
-
-        Raises:
-            NonFiniteError: If a parameter is not finite.
-        """
-        on_device = [total.to(state.device) for _, total in self.seen.values()]
-        if not on_device or bool(torch.stack(on_device).isfinite().all()):
-            return
-        found = {name.removeprefix("model/"): weight for name, (weight, _) in self.seen.items()}
-        bad = [name for name, weight in found.items() if not bool(weight.isfinite().all())]
-        if bad:  # and no sum that overflowed
-            raise NonFiniteError(
-                SAVE,
-                f"parameters that are not finite at step {state.step}: {shown(bad)}",
-                "with_nonfinite(...) on the step to find or skip such updates, and the last"
-                " checkpoint to go on from; or CheckpointOptions(allow_nonfinite=True)",
-            )
-
-
 def _sum(weight: Tensor) -> Tensor:
     weight = weight.float() if weight.itemsize == 1 else weight  # float8 has no arithmetic
-    return weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32)).float()
+    return weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32)).float()
 
 
 def checked_scores(scores: Scores, monitor: str | None) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -41,10 +41,12 @@ class TensorFile:
     Attributes:
         header: Its first bytes: length, and JSON with the place of each tensor.
         body: All tensors, one after the other; uint8.
+        tensors: Each of them, in that memory.
     """
 
     header: bytes
     body: Tensor
+    tensors: Mapping[str, Tensor]
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of the file, in order."""
@@ -58,9 +60,12 @@ Places = dict[str, tuple[int, int]]
 
 
 def _places(tensors: Mapping[str, Tensor]) -> Places:
-    """Where each tensor begins and ends; wide types first, so that each is aligned."""
+    """Where each tensor begins and ends; wide types first, so that each is aligned.
+
+    Large ones come before small ones: shifted by a single number, copying takes a tenth longer.
+    """
     places, end = {}, 0
-    for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
+    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), -tensors[n].numel())):
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
         places[name] = begin, end
     return places
@@ -82,8 +87,6 @@ def copy_to_host(
     tensors: Mapping[str, Tensor],
     buffer: Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
-    *,
-    seen: Callable[[str, Tensor], object] | None = None,
 ) -> TensorFile:
     """A copy of the tensors as they are now, laid out as in the file.
 
@@ -92,8 +95,6 @@ def copy_to_host(
         buffer: The body of an earlier copy, to be written over: copying into memory that was
             used before is many times faster than into fresh memory.
         metadata: Text that the file carries.
-        seen: Called with the name of each tensor, and the tensor, when it has been copied: a
-            look at it then finds it in the processor's cache, and takes half of the time.
 
     Example:
         >>> copy_to_host({"a": torch.ones(2)}).body.view(torch.float32)
@@ -104,18 +105,17 @@ def copy_to_host(
     pinned = any(tensor.device.type in {"cuda", "xpu"} for tensor in tensors.values())
     if buffer is None or len(buffer) != size or buffer.is_pinned() != pinned:
         buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    copies = {
+        name: buffer[begin:end].view(tensors[name].dtype).view(tensors[name].shape)
+        for name, (begin, end) in places.items()
+    }
     with torch.no_grad():
-        for name, (begin, end) in places.items():
-            tensor = tensors[name]
-            if begin < end:
-                target = buffer[begin:end].view(tensor.dtype).view(tensor.shape)
-                target.copy_(tensor, non_blocking=pinned)
-                if seen is not None:
-                    seen(name, tensor)
+        for name, copy in copies.items():
+            copy.copy_(tensors[name], non_blocking=pinned)
     for device in {tensor.device for tensor in tensors.values()} if pinned else ():
         if device.type != "cpu":
             torch.accelerator.current_stream(device).synchronize()
-    return TensorFile(_header(tensors, places, metadata), buffer)
+    return TensorFile(_header(tensors, places, metadata), buffer, copies)
 
 
 def parse(data: bytearray) -> dict[str, Tensor]:

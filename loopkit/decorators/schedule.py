@@ -36,7 +36,8 @@ class SetValues:
     def __call__(self, state: TrainState) -> None:
         """Set the value, then go on."""
         key, schedule = self.key, self.schedule
-        updates = state.features[KEPT_AS + key].updates
+        count = state.features[KEPT_AS + key]
+        updates = count.updates if count.arriving is None else count.now()
         groups: Any = state.optimizer and state.optimizer.param_groups
         for i, group in enumerate(groups):
             value = (schedule if callable(schedule) else schedule[i])(updates)
@@ -56,8 +57,11 @@ class CountApplied:
 
     def __call__(self, state: TrainState) -> None:
         """Count the update if it was applied, then go on."""
-        # bool waits for the device where the skip was decided on it
-        state.features[KEPT_AS + self.key].updates += bool(state.applied)
+        count = state.features[KEPT_AS + self.key]
+        if state.applied is True:
+            count.updates += 1
+        else:
+            count.add(state.applied)
         self.inner(state)
 
 

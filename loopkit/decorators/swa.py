@@ -44,6 +44,8 @@ class AverageEqually:
             averages.update(copies_of(named))
             return
         check_names(f"with_swa(..., name={self.name!r})", named, averages)
+        # Restored into a state that had none yet they lie where they were read: on the host
+        averages.update({name: a.to(named[name].device) for name, a in averages.items()})
         move(state, averages, named, 1 / (n + 1))
 
 

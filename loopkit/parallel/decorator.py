@@ -142,8 +142,7 @@ class ShareWeights:
         if ranks.size > 1:
             weight = outcome.total_weight()
             if weight is not None:
-                total = torch.as_tensor(weight, dtype=torch.float64, device=state.device).clone()
-                ranks.sum(total)
+                total = ranks.sum(_on_device(weight, state.device))
                 outcome.nothing = total == 0
                 outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
             elif outcome.missing:
@@ -151,6 +150,12 @@ class ShareWeights:
                 share = (taken - outcome.missing) / taken
                 outcome.divide_by = share if outcome.length else share * len(outcome.parts)
         self.inner(state)
+
+
+def _on_device(weight: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(device, torch.float64, copy=True)
+    return torch.full((), weight, dtype=torch.float64, device=device)  # a copy there would wait
 
 
 @attrs.frozen
@@ -166,7 +171,7 @@ class AgreeVotes:
             verdict = state.ranks.largest(verdict)
         if nothing is None:
             return verdict
-        skip = nothing * SKIP  # of which all ranks know already
+        skip = nothing.float() * SKIP  # of which all ranks know already
         return skip if verdict is None else torch.maximum(verdict, skip.to(verdict))
 
 

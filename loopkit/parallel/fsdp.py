@@ -117,7 +117,7 @@ class FSDP:
         """Shard the model in place, and point the optimizer at the shards."""
         check_optimizer(state)
         start_equal(state.model)
-        return self.shard(state, self._mesh(state.device.type))
+        return self.shard(state, self._mesh(self._computes_on(state.device)))
 
     def shard(self, state: TrainState, mesh: DeviceMesh) -> GroupRanks:
         """The same over a given mesh, of a model that is equal on all ranks."""
@@ -144,7 +144,14 @@ class FSDP:
         return Shards(
             rank=rank, size=size, group=group, groups=(*mesh.get_all_groups(),), units=units,
             gathered=gathered, sync_every=self.sync_every,
+            device=_current(mesh) if self.cpu_offload else None,
         )  # fmt: skip
+
+    def _computes_on(self, device: torch.device) -> str:
+        """The kind of device; parameters that are kept on the host may lie there from the start."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        offloads = self.cpu_offload and device.type == "cpu" and accelerator is not None
+        return accelerator.type if offloads else device.type  # type: ignore[union-attr]
 
     def _mesh(self, device: str) -> DeviceMesh:
         world = dist.get_world_size()
@@ -159,6 +166,12 @@ class FSDP:
             )
         shape = (copies, world // copies)
         return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _current(mesh: DeviceMesh) -> torch.device | None:
+    if mesh.device_type == "cpu":
+        return None
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
 def _offload(device: str) -> CPUOffloadPolicy:

@@ -3,6 +3,7 @@
 import atexit
 import datetime
 import os
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from loopkit.parallel.environment import environment
 from loopkit.parallel.failure import report_uncaught
 
 TIMEOUT_S = 300.0
+LAST_S = 0.1  # at the end of the process
 START_S = 600.0  # until the first update: processes start apart, and compile
 
 
@@ -56,3 +58,7 @@ def wait_at_most(timeout_s: float, groups: Iterable[Any]) -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads let go of the last collective's tensors a moment after it is done; one
+        # that needs Python's lock for that while Python ends aborts the process, whose code is
+        # then that of SIGABRT (seen with torch 2.13; pytorch/pytorch#179291)
+        time.sleep(LAST_S)

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from loopkit.parts import Scattered
+from loopkit.parts import Part, Scattered
 from loopkit.state import TrainState
 
 
@@ -49,12 +50,11 @@ def like(value: Any, parameter: Tensor) -> Any:
     ):
         return value
     if isinstance(value, Scattered):
-        memory = value.want(*region(parameter), parameter.device)
-        return DTensor.from_local(
-            memory, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=parameter.shape, stride=parameter.stride(),
-        )  # fmt: skip
+        # Not from_local, which copies memory of the host to the device of the mesh: parameters that
+        # FSDP keeps on the host have such a mesh, and it is this memory that is to be filled
+        made: Any = torch.empty_like(parameter.detach(), dtype=value.dtype)
+        value.wanted.append(Part(value.shape, region(parameter)[0], made.to_local()))
+        return made
     # Each rank holds the whole, so each takes its own part of it, without any traffic.
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None).to(parameter.device)

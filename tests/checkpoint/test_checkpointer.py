@@ -65,7 +65,7 @@ WRONG = {
         U, "extras.more.0",
     ),
     "weights that are not finite": (
-        lambda t: lk.Checkpointer(t).save(broken()), lk.NonFiniteError, "0.bias",
+        lambda t: lk.Checkpointer(t, async_save=False).save(broken()), lk.NonFiniteError, "0.bias",
     ),
 }  # fmt: skip
 
@@ -99,6 +99,27 @@ def test_weights_that_are_not_finite_are_not_saved_unless_asked_for(tmp_path, va
     with lk.Checkpointer(tmp_path, options=options) as checkpoints:
         checkpoints.save(broken(value))
     assert restored(tmp_path) == digest_of(broken(value))
+
+
+@pytest.mark.parametrize("ask", [
+    lambda checkpoints: checkpoints.save(make_state()),
+    lk.Checkpointer.wait,
+    lk.Checkpointer.close,
+    lambda checkpoints: checkpoints.ensure(make_state()),
+])  # fmt: skip
+@pytest.mark.parametrize("policy", ["raise", "warn"])
+def test_of_a_save_in_the_background_whatever_asks_next_says_that_it_is_not_finite(
+    tmp_path, ask, policy
+):
+    """No policy lets it pass: weights do not become finite again; and nothing of it is left."""
+    options = lk.CheckpointOptions(on_error=policy)
+    checkpoints = lk.Checkpointer(tmp_path, options=options)
+    checkpoints.save(broken())
+    with pytest.raises(lk.NonFiniteError, match=r"step 0: 0\.bias"):
+        ask(checkpoints)
+    checkpoints.close()
+    assert checkpoints.list() == []
+    assert [*tmp_path.glob(".tmp*")] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

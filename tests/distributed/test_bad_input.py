@@ -136,6 +136,39 @@ def test_a_generator_without_a_policy():
     assert split[0][0] == [1, 2, 3, 4]
 
 
+def too_early():
+    state, data = fresh(), make_batches(4, dtype=torch.float64)
+    trained = [s.step for s in lk.run(classifier, state, data, max_epochs=1)]  # each by itself
+    with pytest.raises(lk.UsageError) as before:
+        state.ranks.share(data)
+    state = lk.distributed()(classifier).set_up(fresh())
+    with pytest.raises(lk.UsageError) as of_another:
+        fresh().ranks.share(data)
+    return trained, str(before.value), str(of_another.value), len([*state.ranks.share(data)])
+
+
+def test_sharing_before_the_set_up():
+    """Each process would train on all of the data: the error says what comes before."""
+    for trained, *messages, shared in POOL.run(2, too_early):
+        assert (trained, shared) == ([1, 2, 3, 4], 2)
+        for message in messages:
+            assert "2 processes, and a state that is not set up for them" in message
+            assert "state = step.set_up(state)" in message
+
+
+def test_sharing_on_one_process(monkeypatch):
+    """One process has all of the data, whoever started it; of many started by srun none has."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    data, state = make_batches(4), fresh()
+    assert state.ranks.share(data) is data
+    launched = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "a1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(lk.UsageError, match="8 processes"):
+        state.ranks.share(data)
+
+
 def joined():
     lk.distributed()(classifier).set_up(fresh())
 

@@ -118,7 +118,7 @@ def looked_at(state, batch_size, count, names):
     data = DataLoader(samples(count), batch_size)
     measured = {name: metric for name, metric in metrics().items() if name in names}
     scores = lk.evaluate(eval_step, state, data, measured)
-    return scores, torch.cat([*lk.predict(lambda s, b: s.model(b[0]), state, data)])
+    return scores, lk.collect(lk.predict(lambda s, b: s.model(b[0]), state, data))
 
 
 def evaluated(strategy, cases):

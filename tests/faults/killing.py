@@ -1,10 +1,10 @@
 """Trains in child processes, kills them at random instants, and counts what is lost.
 
-    python tests/faults/killing.py FOLDER KILLS SEED
+    python tests/faults/killing.py FOLDER KILLS SEED [RANKS]
 
 Each life restores, trains on and saves after every update, until it is killed or has come
-to the end; then its last state is compared with that of a run that nobody killed. Prints
-the counts as JSON.
+to the end; then what it saved last is compared with that of a run that nobody killed. Several
+ranks train in shards, and are killed one soon after another. Prints the counts as JSON.
 """
 
 import functools
@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ def score(step):
     return random.Random(step).random()
 
 
-def live(folder, log, rng):
+def live(folder, log, rng, step):
     """One life: restore, train on, save, and note each save that was acknowledged."""
     state, acknowledged = make_state(), [int(line) for line in log.read_text().split()]
     checkpoints = lk.Checkpointer(folder, monitor="loss", async_save=rng.random() < 0.5)
@@ -41,14 +42,22 @@ def live(folder, log, rng):
         best = checkpoints.best.scores["loss"]
         assert best <= min(map(score, acknowledged)), "lost: the best"
     with log.open("a") as file:
-        for state in lk.run(STEPS["ema"], state, make_batches(), max_steps=UPDATES):
+        for state in lk.run(step, state, make_batches(), max_steps=UPDATES):
             checkpoints.save(state, {"loss": score(state.step)})
             if rng.random() < 0.5:
                 checkpoints.wait()
-                print(state.step, file=file, flush=True)
-    checkpoints.save(state, {"loss": score(state.step)})  # also where the end had been saved
+                if state.ranks.is_first:
+                    print(state.step, file=file, flush=True)
+    step.set_up(state)  # also where the end had been saved
+    checkpoints.save(state, {"loss": score(state.step)})
     checkpoints.close()
-    return digest_of(state)
+
+
+def end_of(folder):
+    """Digest of the newest checkpoint, as one process restores it."""
+    state = make_state(seed=9)
+    lk.Checkpointer(folder).restore(state)
+    return f"{state.step} {digest_of(state)}"
 
 
 def in_child(function):
@@ -66,38 +75,69 @@ def in_child(function):
     return child, reader
 
 
-def killed(function, seconds):
-    """Run a function in a child and kill it after a time; None, or what it gave before."""
-    child, reader = in_child(function)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+def lives(function, ranks):
+    """A process for each rank, that finds what a launcher would tell it."""
+    if ranks == 1:
+        return [in_child(function)]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def as_rank(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        function()
+
+    return [in_child(functools.partial(as_rank, rank)) for rank in range(ranks)]
+
+
+def killed(function, ranks, rng, longest_s):
+    """Run a function in children and kill them after a time; what each said that had ended."""
+    children = lives(function, ranks)
+    time.sleep(rng.uniform(0.0, longest_s))
+    for child, _ in rng.sample(children, ranks):
+        os.kill(child, signal.SIGKILL)
+        time.sleep(rng.uniform(0.0, 0.05) if ranks > 1 and rng.random() < 0.5 else 0.0)
+    return [said_by(*child) for child in children]
+
+
+def said_by(child, reader):
+    """What a child said when it had ended; nothing if it was killed before."""
     os.waitpid(child, 0)
     with os.fdopen(reader) as file:
-        return file.read() or None
+        return file.read()
 
 
-def main(folder, kills, seed):
+def is_wrong(text, ranks):
+    """Not of a rank whose neighbour was killed first: what it says of that is as it should be."""
+    return "lost" in text or (ranks == 1 and text not in {"", "None"})
+
+
+def main(folder, kills, seed, ranks=1):
     """Train to the end again and again, until there were enough kills."""
     torch.set_num_threads(1)
     make_state()  # the first optimizer of a process is slow: half a second of imports
+    step = STEPS["ema"] if ranks == 1 else lk.distributed("fsdp")(STEPS["ema"])
     rng = random.Random(seed)
     counts = {"kills": 0, "runs": 0, "equal": 0, "wrong": [], "litter": 0, "after a kill": 0}
-    _, reader = in_child(lambda: live(folder / "whole", _log(folder / "whole.txt"), rng))
-    with os.fdopen(reader) as file:
-        whole = file.read()
+    whole = functools.partial(live, folder / "whole", _log(folder / "whole.txt"), rng, step)
+    said = [said_by(*child) for child in lives(whole, ranks)]
+    assert said == ["None"] * ranks, said
+    expected = end_of(folder / "whole")
     while counts["kills"] < kills:
-        run, log, result = folder / "run", _log(folder / "log.txt"), None
-        longest_s = 0.25
-        while result is None:
-            life = functools.partial(live, run, log, random.Random(rng.random()))
-            result = killed(life, rng.uniform(0.0, longest_s))
+        run, log, said = folder / "run", _log(folder / "log.txt"), []
+        longest_s = 0.25 * ranks
+        while said != ["None"] * ranks:
+            life = functools.partial(live, run, log, random.Random(rng.random()), step)
+            said = killed(life, ranks, rng, longest_s)
+            counts["wrong"] += [text for text in said if is_wrong(text, ranks)]
             longest_s *= 1.1  # also a busy machine comes to an end
-            counts["kills"] += result is None
-            left = len([*run.glob(".tmp-*")]) if result is None else 0
+            ended = said == ["None"] * ranks
+            counts["kills"] += not ended
+            left = 0 if ended else len([*run.glob(".tmp-*")])
             counts["after a kill"] = max(counts["after a kill"], left)
         counts["runs"] += 1
-        counts["equal"] += result == whole
-        counts["wrong"] += [result] if result != whole else []
+        counts["equal"] += end_of(run) == expected
         counts["litter"] += sum(not path.name.startswith("step-") for path in run.iterdir())
         shutil.rmtree(run)
     sys.stdout.write(json.dumps(counts))
@@ -109,4 +149,4 @@ def _log(path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -9,24 +9,26 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("LOOPKIT_KILLS", "10"))
+KILLS = os.environ.get("LOOPKIT_KILLS")
 
 
-@pytest.mark.timeout(60 + 5 * KILLS)
-def test_killed_and_restarted_runs_end_bitwise_equal(tmp_path):
+@pytest.mark.timeout(120 + 10 * int(KILLS or 10))
+@pytest.mark.parametrize(("ranks", "kills"), [(1, KILLS or "10"), (2, KILLS or "4")])
+def test_killed_and_restarted_runs_end_bitwise_equal(tmp_path, ranks, kills):
     """No save that was acknowledged is lost, nor the best; every end equals the whole run's.
 
     However often it is killed, there is at most one save of litter and one removal, then none.
 
-    10 kills, or as many as the environment variable LOOPKIT_KILLS says.
+    One process; and two whose shards lie in a file of each, killed one soon after the other.
+    10 and 4 kills, or as many as the environment variable LOOPKIT_KILLS says.
     """
     path = f"{HERE.parents[1]}:{HERE.parent}"
     done = subprocess.run(
-        [sys.executable, HERE / "killing.py", tmp_path, str(KILLS), "0"],
+        [sys.executable, HERE / "killing.py", tmp_path, kills, "0", str(ranks)],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     counts = json.loads(done.stdout)
-    assert counts["kills"] >= KILLS
+    assert counts["kills"] >= int(kills)
     assert counts["wrong"] == []
     assert counts["equal"] == counts["runs"] > 0
     assert counts["litter"] == 0

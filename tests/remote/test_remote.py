@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fsspec
@@ -33,12 +34,37 @@ def objects(address):
 
 @pytest.fixture(scope="module")
 def server():
-    """An S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
+    """An S3 server on this machine; a process of its own, as it leaves files open."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until_it_listens(port, running)
+        yield from addressed(port)
+    finally:
+        running.kill()
+        running.wait()
 
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    _, port = running.get_host_and_port()
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def until_it_listens(port, running):
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert running.poll() is None, "the server ended"
+            time.sleep(0.05)
+        else:
+            return
+
+
+def addressed(port):
+    """Have fsspec find the server, while the generator is suspended."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "hunter2")
@@ -47,7 +73,6 @@ def server():
         fsspec.filesystem("s3").mkdir("bucket")
         yield
         fsspec.filesystem("s3").clear_instance_cache()
-    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +83,7 @@ def google():
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         pytest.importorskip("gcsfs")
         emulator = pytest.importorskip("gcp_storage_emulator.server")
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        port = free_port()
         running = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
         running.start()
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
@@ -248,6 +271,7 @@ def test_a_bucket_that_is_not_there_is_a_failed_save(server):
 
 LEAVE = """
 import sys
+import time
 import loopkit as lk
 from trainings import make_state, digest_of
 
