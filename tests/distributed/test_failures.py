@@ -77,7 +77,9 @@ def ending(kind, pair, begun_before):
     others, _ = second.communicate()
     if begun_before:  # and may have ended before it was looked at
         gone = float(re.search(r"rank 0 ended at ([\d.]+)", output)[1])
-    return first.returncode, output, gone - float(re.search(r"fault at ([\d.]+)", others)[1])
+    fault = re.search(r"fault at ([\d.]+)", others)
+    assert fault, f"rank 1 came to no fault:\n{others[-2000:]}\nrank 0:\n{output[-2000:]}"
+    return first.returncode, output, gone - float(fault[1])
 
 
 @pytest.mark.timeout(200 + 60 * TIMES)
