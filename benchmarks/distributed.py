@@ -34,10 +34,6 @@ TEXT = """
 Two processes on gloo, four blocks of 256 and a head, batch 32 on each, fused AdamW, over plain
 DistributedDataParallel and plain `fully_shard` loops. CPU time of rank 0's main thread, medians of
 pairs; bytes that a rank gives to collectives for an update, as torch's profiler counts them.
-
-FSDP sends 5,140 bytes more for each micro-batch: the head is gathered again in the backward pass.
-Torch leaves what is outside of all blocks gathered after a forward, where weights that are
-changed meanwhile (averages swapped in to evaluate) would not be seen by the next one.
 """
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -27,6 +27,7 @@ class Ranks:
         size: How many those are.
         shards_tensors: Whether some parameters are DTensors, of which each holds a part.
         shards_optimizer: Whether each holds the optimizer state of its own part only.
+        alone: Whether there is no other process.
         device: Where this process computes, if its parameters are kept elsewhere.
 
     Example:
@@ -39,11 +40,7 @@ class Ranks:
     shards_optimizer: bool = False
     shards_tensors: bool = False
     device: torch.device | None = None
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other process."""
-        return True
+    alone: ClassVar[bool] = True
 
     @property
     def is_first(self) -> bool:
@@ -149,6 +146,13 @@ class Ranks:
 
     def updated(self) -> None:
         """What follows each update."""
+
+    def explain(self, error: Exception, when: str) -> None:
+        """Tell the other ranks of this one's error; one of a collective names the rank behind it.
+
+        Raises:
+            RankError: In place of an error of a collective.
+        """
 
     def evaluating(self, model: torch.nn.Module) -> AbstractContextManager[Any]:  # noqa: ARG002
         """A context, to enter any number of times, in which all have rank 0's buffers of now."""

@@ -109,7 +109,8 @@ class Step:
         window = state.window = self.split(state, batch)
         try:
             state.applied = self.update(state, window)  # gradients, unscale, transform, apply
-        except RuntimeError as error:
+        except Exception as error:
+            state.ranks.explain(error, f"update {state.step + 1}")
             _explain(error, self)
             raise
         if state.unproven and not state.outcome.is_empty():
@@ -170,7 +171,7 @@ class Step:
         return Step, (self.function, self.features)
 
 
-def _explain(error: RuntimeError, step: Step) -> None:
+def _explain(error: Exception, step: Step) -> None:
     """Say what torch cannot know: that a step runs the backward pass itself.
 
     Raises:

@@ -64,7 +64,7 @@ parallel.group_ranks
 parallel.whole data.shard
 parallel.zero
 parallel.decisions parallel.group parallel.launch
-parallel.failure parallel.repoint
+parallel.failure parallel.repoint parallel.gathered
 types modes metrics averages
 updates every stop
 given

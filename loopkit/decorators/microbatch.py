@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -140,8 +141,9 @@ class HalveUntilItFits:
 
     def _probe(self, state: TrainState, piece: Any) -> Exception | None:
         """The largest piece alone: nothing that ranks do together, lest one waits for another."""
-        state.window = (piece,), 1
-        with state.ranks.unsynced():
+        state.window, ranks = ((piece,), 1), state.ranks
+        # Shards talk in each forward anyway; and gradients that they have not summed up would stay
+        with nullcontext() if ranks.shards_tensors else ranks.unsynced():
             return self._attempt(state, state.window)
 
     def _attempt(self, state: TrainState, window: MicroBatches) -> Exception | None:

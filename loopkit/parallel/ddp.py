@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loopkit.check import one_of
 from loopkit.errors import UsageError
 from loopkit.parallel.group_ranks import GroupRanks
-from loopkit.parallel.zero import forget_others
+from loopkit.parallel.zero import check_by_parts, forget_others
 from loopkit.state import TrainState
 
 HOOKS = ("bf16", "fp16")
@@ -122,6 +122,8 @@ class DDP:
     def set_up(self, state: TrainState) -> GroupRanks:
         """Make the ranks replicas of each other."""
         check_optimizer(state)
+        if self.shard_optimizer:
+            check_by_parts(state.optimizer)
         if self.sync_batchnorm:
             _check_accelerator(state.device)
             state.model = nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]

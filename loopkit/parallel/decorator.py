@@ -1,7 +1,7 @@
 """`distributed`: the same step on one process and on many."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -15,13 +15,12 @@ from loopkit.data.order import UNEVEN
 from loopkit.data.shard import STREAMS
 from loopkit.errors import UsageError
 from loopkit.parallel.ddp import DDP
-from loopkit.parallel.failure import NameTheFailed
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
 from loopkit.parallel.group_ranks import GroupRanks
 from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.rng import seed_apart
-from loopkit.state import TrainState
+from loopkit.state import SKIP, TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
 
@@ -89,7 +88,10 @@ class ThroughRanks:
 
     def __call__(self, state: TrainState, batch: Any) -> Output:
         """The forward, the ranks' way."""
-        return state.ranks.forward(self.inner, state, batch)
+        ranks = state.ranks
+        if ranks.alone:  # a frame less between the loop and the step function
+            return self.inner(state, batch)
+        return ranks.forward(self.inner, state, batch)
 
 
 @attrs.frozen
@@ -100,12 +102,28 @@ class SyncAtLast:
 
     def __call__(self, state: TrainState, last: bool) -> AbstractContextManager[Any]:
         """A context without traffic, but for the last micro-batch."""
-        if last:
-            return self.inner(state, last)
-        both = ExitStack()
-        both.enter_context(self.inner(state, last))
-        both.enter_context(state.ranks.unsynced())
-        return both
+        inner, ranks = self.inner(state, last), state.ranks
+        if last or ranks.alone:
+            return inner
+        return ranks.unsynced() if type(inner) is nullcontext else _both(inner, ranks.unsynced())
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+@attrs.frozen
+class LowerTimeout:
+    """A layer of `after`: once an update was made there is less to wait for."""
+
+    inner: Transform
+
+    def __call__(self, state: TrainState) -> None:
+        """Tell the ranks of the update, then go on."""
+        state.ranks.updated()
+        self.inner(state)
 
 
 @attrs.frozen
@@ -125,7 +143,7 @@ class ShareWeights:
             weight = outcome.total_weight()
             if weight is not None:
                 total = ranks.sum(_on_device(weight, state.device))
-                state.skip_if(total == 0)
+                outcome.nothing = total == 0
                 outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
             elif outcome.missing:
                 taken = len(outcome.parts) * ranks.size
@@ -148,8 +166,13 @@ class AgreeVotes:
 
     def __call__(self, state: TrainState) -> Tensor | None:
         """The largest vote on any rank."""
-        verdict = self.inner(state)
-        return verdict if verdict is None else state.ranks.largest(verdict)
+        verdict, nothing = self.inner(state), state.outcome.nothing
+        if verdict is not None:
+            verdict = state.ranks.largest(verdict)
+        if nothing is None:
+            return verdict
+        skip = nothing.float() * SKIP  # of which all ranks know already
+        return skip if verdict is None else torch.maximum(verdict, skip.to(verdict))
 
 
 def distributed(
@@ -209,7 +232,7 @@ def distributed(
     owner = Parallelize(chosen, uneven, stream, positive(name, "timeout_s", timeout_s))
     layers: dict[str, Any] = {
         "around": SyncAtLast, "forward": ThroughRanks, "unscale": ShareWeights,
-        "verdict": AgreeVotes, "update": NameTheFailed,
+        "verdict": AgreeVotes, "after": LowerTimeout,
     }  # fmt: skip
     if isinstance(chosen, DDP) and chosen.shard_optimizer:
         layers["apply"] = UpdateOwnPart

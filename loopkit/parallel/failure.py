@@ -10,14 +10,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import attrs
 import torch.distributed as dist
-from torch import Tensor
 
 from loopkit.errors import RankError
-from loopkit.state import TrainState
-from loopkit.types import Update
-from loopkit.window import MicroBatches
 
 PREFIX = "loopkit/failure/"
 ANSWER_S = 3.0  # how long ranks that find the group broken wait for word from the others
@@ -123,23 +118,6 @@ def is_of_the_group(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in words for sign in ("gloo", "Gloo", "ProcessGroup", "NCCL", "Connection closed")
     )
-
-
-@attrs.frozen
-class NameTheFailed:
-    """A layer of `update` that says which rank failed, where this one could not go on for it."""
-
-    inner: Update
-
-    def __call__(self, state: TrainState, window: MicroBatches) -> bool | Tensor:
-        """The update, or an error that names the rank."""
-        try:
-            applied = self.inner(state, window)
-            state.ranks.updated()
-            return applied
-        except Exception as error:
-            explain(error, f"update {state.step + 1}")
-            raise
 
 
 def explain(error: Exception, when: str) -> None:

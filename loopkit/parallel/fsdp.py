@@ -16,12 +16,12 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 
 from loopkit.check import at_least_one
 from loopkit.errors import UsageError
 from loopkit.parallel.ddp import check_optimizer
+from loopkit.parallel.gathered import Gathered
 from loopkit.parallel.group_ranks import GroupRanks, start_equal
 from loopkit.parallel.repoint import names_of, repoint
 from loopkit.state import TrainState
@@ -39,21 +39,28 @@ class Shards(GroupRanks):
     """Ranks with a part of each parameter.
 
     Attributes:
-        model: The sharded model.
+        units: The sharded model, and the blocks of it that are sharded by themselves.
+        gathered: What frees what its forwards have gathered.
         sync_every: Gradients are averaged after each micro-batch.
     """
 
-    model: FSDPModule
+    units: tuple[FSDPModule, ...]
+    gathered: Gathered
     sync_every: bool
     shards_tensors: bool = True
 
     def forward(self, function: Callable[[Any, Any], Any], state: Any, batch: Any) -> Any:
-        """The forward; where it went round the model's, an error that says so."""
+        """The forward, kept for its backward pass; an error where it went round the model's."""
+        gathered = self.gathered
+        gathered.kept = torch.is_grad_enabled()
         try:
             return function(state, batch)
-        except RuntimeError as error:
+        except BaseException as error:
+            gathered.free()
             _explain_sharded(error, state)
             raise
+        finally:
+            gathered.kept = False
 
     def unsynced(self) -> AbstractContextManager[Any]:
         """Gradients add up whole on each rank by itself, unless memory is dearer than time."""
@@ -61,11 +68,13 @@ class Shards(GroupRanks):
 
     @contextmanager
     def _unsynced(self) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(False)
+        for unit in self.units:  # which torch would look for among all modules, each time
+            unit.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
         finally:
-            self.model.set_requires_gradient_sync(True)
+            for unit in self.units:
+                unit.set_requires_gradient_sync(True, recurse=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -119,20 +128,23 @@ class FSDP:
             "mp_policy": _policy(self.precision),
             "offload_policy": _offload(mesh.device_type) if self.cpu_offload else OffloadPolicy(),
         }
-        for block in blocks_of(state.model, self.blocks):
+        blocks: list[Any] = blocks_of(state.model, self.blocks)
+        for block in blocks:
             fully_shard(block, **settings)
-        # Torch would leave what is outside of all blocks gathered after a forward; the next one
-        # then does not see weights that were changed meanwhile, such as averages swapped in.
-        model: Any = fully_shard(state.model, **settings)
+        # The backward pass begins with the root, so resharding it first would be for nothing
+        model: Any = fully_shard(state.model, **settings | {"reshard_after_forward": False})
         for method in self.methods:
             _check_method(model, method)
-            register_fsdp_forward_method(model, method)
+        units = (model, *blocks)
+        gathered = Gathered(units[:1] if self.reshard_after_forward else units)
+        gathered.watch(model, self.methods)
         repoint(state, before)
         group = mesh.get_group() if mesh.ndim == 1 else None
         rank, size = (dist.get_rank(group), dist.get_world_size(group))
         return Shards(
-            rank=rank, size=size, group=group, groups=(*mesh.get_all_groups(),), model=model,
-            sync_every=self.sync_every, device=_current(mesh) if self.cpu_offload else None,
+            rank=rank, size=size, group=group, groups=(*mesh.get_all_groups(),), units=units,
+            gathered=gathered, sync_every=self.sync_every,
+            device=_current(mesh) if self.cpu_offload else None,
         )  # fmt: skip
 
     def _computes_on(self, device: torch.device) -> str:
@@ -170,8 +182,8 @@ def _offload(device: str) -> CPUOffloadPolicy:
 _NOT_GATHERED = ("got mixed torch.Tensor and DTensor", "has already been lazily initialized")
 
 
-def _explain_sharded(error: RuntimeError, state: TrainState) -> None:
-    if any(sign in str(error) for sign in _NOT_GATHERED):
+def _explain_sharded(error: BaseException, state: TrainState) -> None:
+    if isinstance(error, RuntimeError) and any(s in str(error) for s in _NOT_GATHERED):
         raise UsageError(
             f"a step function on a {type(state.model).__name__.removeprefix('FSDP')} in shards",
             "parameters in use that only the model's forward gathers: a method of the model, or of"

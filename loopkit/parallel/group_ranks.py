@@ -4,7 +4,7 @@ import datetime
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -17,7 +17,7 @@ from loopkit.data.shard import is_shared_out, sharded
 from loopkit.errors import DataError
 from loopkit.limits import batch_limit, is_numbered
 from loopkit.parallel.decisions import host_device
-from loopkit.parallel.failure import guarded
+from loopkit.parallel.failure import explain, guarded
 from loopkit.parallel.group import TIMEOUT_S, wait_at_most
 from loopkit.parallel.whole import fitted, in_parts, whole
 from loopkit.ranks import Ranks
@@ -39,6 +39,7 @@ class GroupRanks(Ranks):
         groups: Others that the strategy's own traffic goes through.
     """
 
+    alone: ClassVar[bool] = False
     group: Any = None
     uneven: str = "exact"
     stream: str | None = None
@@ -48,11 +49,6 @@ class GroupRanks(Ranks):
     _lowered: bool = False
     _shared: list[tuple[Any, Any]] = attrs.field(factory=list)
     _aside: Any = None
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other process."""
-        return False
 
     @property
     def is_first(self) -> bool:
@@ -128,6 +124,10 @@ class GroupRanks(Ranks):
         if self.timeout_s is not None and not self._lowered:
             wait_at_most(self.timeout_s, {None, self.group, *self.groups})
             self._lowered = True
+
+    def explain(self, error: Exception, when: str) -> None:
+        """Tell the other ranks of this one's error, or name the rank that it comes from."""
+        explain(error, when)
 
     @property
     def number(self) -> int:

@@ -1,5 +1,6 @@
 """Optimizer state in parts, one on each rank (ZeRO stage 1)."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -24,11 +25,31 @@ def owners(parameters: list[nn.Parameter], size: int) -> list[int]:
         >>> owners([nn.Parameter(torch.zeros(n)) for n in (4, 1, 3)], 2)
         [0, 1, 1]
     """
-    load, owner = [0] * size, [0] * len(parameters)
-    for i in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
+    return [*_dealt(tuple(map(Tensor.numel, parameters)), size)]
+
+
+@functools.lru_cache(maxsize=32)
+def _dealt(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    load, owner = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owner[i] = load.index(min(load))
-        load[owner[i]] += parameters[i].numel()
-    return owner
+        load[owner[i]] += sizes[i]
+    return tuple(owner)
+
+
+def check_by_parts(optimizer: Any) -> None:
+    """Check that an optimizer may update a part of the parameters by itself.
+
+    Raises:
+        CompositionError: For one that evaluates the loss, as a function of them all.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise CompositionError(
+            'distributed("zero1")',
+            f"a {type(optimizer).__name__}, which evaluates the loss for all parameters",
+            'distributed("ddp")',
+        )
 
 
 @attrs.frozen
@@ -45,13 +66,6 @@ class UpdateOwnPart:
         """Update this rank's part, then take over the other ranks' parts."""
         if not state.ranks.shards_optimizer:
             return self.inner(state, recompute)
-        closure = inspect.signature(state.optimizer.step).parameters.get("closure")  # type: ignore[union-attr]
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise CompositionError(
-                'distributed("zero1")',
-                f"a {type(state.optimizer).__name__}, which evaluates the loss for all parameters",
-                'distributed("ddp")',
-            )
         parameters, groups = state.parameters(), state.optimizer.param_groups  # type: ignore[union-attr]
         owner, rank = owners(parameters, state.ranks.size), state.ranks.rank
         of = dict(zip(map(id, parameters), owner, strict=True))
@@ -67,9 +81,13 @@ class UpdateOwnPart:
             sent = [
                 dist.broadcast(p, r, async_op=True) for p, r in zip(parameters, owner, strict=True)
             ]
-            for work in sent:
-                guarded(work.wait, "taking the other ranks' updates")
+            guarded(_wait_for, "taking the other ranks' updates", sent)
         return applied
+
+
+def _wait_for(sent: list[Any]) -> None:
+    for work in sent:
+        work.wait()
 
 
 def joined(optimizer: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -38,6 +38,20 @@ def test_settings_that_do_not_fit_the_ranks(strategy, world, words):
         assert all(word in message for word in words), message
 
 
+def set_up_line_search():
+    state = fresh(torch.optim.LBFGS)
+    with pytest.raises(lk.CompositionError) as caught:
+        lk.compose(lk.with_closure(), lk.distributed("zero1"))(classifier).set_up(state)
+    return str(caught.value)
+
+
+def test_an_optimizer_that_evaluates_the_loss_updates_no_part_by_itself():
+    """Zero1 with LBFGS is refused at set-up, on each rank."""
+    for message in POOL.run(2, set_up_line_search):
+        assert "LBFGS, which evaluates the loss for all parameters" in message
+        assert 'distributed("ddp")' in message
+
+
 @pytest.mark.parametrize("strategy", ["dpp", "deepspeed", "", 3, None, lk.FSDP, torch.nn.Linear])
 def test_a_strategy_that_there_is_not(strategy):
     """An error when it is written, on one process as well, that lists those that there are."""

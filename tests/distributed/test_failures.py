@@ -11,9 +11,10 @@ import loopkit as lk
 import pytest
 from loopkit.parallel.launch import free_port
 
-TIMEOUT_S = 15
+TIMES = int(os.environ.get("LOOPKIT_FAILURES", "1"))  # 20 for the requirement R11
+TIMEOUT_S = 15 if TIMES == 1 else 20
 SCRIPT = Path(__file__).parent / "failing.py"
-MOST_S = {"raises": 10, "is killed": 10, "exits": 10, "stops": TIMEOUT_S + 10}
+MOST_S = {"raises": 10, "is killed": 10, "exits": 10, "stops": TIMEOUT_S + 5}
 SLOW = float(os.environ.get("LOOPKIT_SLOW", "3"))  # how much slower than promised a machine may be
 
 
@@ -53,27 +54,42 @@ def stopping():
             process.kill()
 
 
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("kind", MOST_S)
-def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, record_property):
-    """An error, a kill, an exit or a stop of rank 1 ends rank 0 in bounded time, with its name."""
-    first, second = stopping if kind == "stops" else ranks(kind, free_port())
+def ending(kind, pair, begun_before):
+    """How rank 0 ends, and how many seconds after the fault of rank 1 it is gone."""
+    first, second = pair
     try:
         output, _ = first.communicate(timeout=120)
+        gone = time.time()
     finally:
         first.kill()
         second.kill()
     others, _ = second.communicate()
-    seconds = float(re.search(r"rank 0 ended at ([\d.]+)", output)[1])
-    seconds -= float(re.search(r"fault at ([\d.]+)", others)[1])
-    last = "\n".join(output.strip().splitlines()[-2:])
-    record_property("seconds", f"{seconds:.1f}")
-    record_property("outcome", last.split("found ")[-1].splitlines()[0])
-    assert first.returncode != 0
-    assert seconds < MOST_S[kind] * SLOW
-    assert re.search(r"RankError: .*rank 1", last), output[-3000:]
-    if kind == "raises":
-        assert "rank 1 failed: ValueError: the label 7 is not there" in output
+    if begun_before:  # and may have ended before it was looked at
+        gone = float(re.search(r"rank 0 ended at ([\d.]+)", output)[1])
+    fault = re.search(r"fault at ([\d.]+)", others)
+    assert fault, f"rank 1 came to no fault:\n{others[-2000:]}\nrank 0:\n{output[-2000:]}"
+    return first.returncode, output, gone - float(fault[1])
+
+
+@pytest.mark.timeout(200 + 60 * TIMES)
+@pytest.mark.parametrize("kind", MOST_S)
+def test_the_other_rank_ends_and_names_the_failed_one(kind, stopping, record_property):
+    """An error, a kill, an exit or a stop of rank 1 ends rank 0 in bounded time, with its name."""
+    longest = 0.0
+    for number in range(TIMES):
+        begun_before = kind == "stops" and number == 0
+        pair = stopping if begun_before else [*ranks(kind, free_port())]
+        code, output, seconds = ending(kind, pair, begun_before)
+        last = "\n".join(output.strip().splitlines()[-2:])
+        longest = max(longest, seconds)
+        assert code != 0
+        assert seconds < MOST_S[kind] * SLOW
+        assert re.search(r"RankError: .*rank 1", last), output[-3000:]
+        if kind == "raises":
+            assert "rank 1 failed: ValueError: the label 7 is not there" in output
+    record_property("seconds", f"{longest:.1f}")
+    found = last.split("found ")[-1].splitlines()[0]
+    record_property("outcome", f"named in all of {TIMES}: {found}")
 
 
 @pytest.mark.timeout(200)
