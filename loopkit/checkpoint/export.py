@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import secrets
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,10 +176,18 @@ def load_weights(
             ),
             _remedy(report),
         )
-    model.load_state_dict(
-        {name: weights[name] for name in report.loaded if name in weights}, strict=False
-    )
+    loaded = {name: weights[name] for name in report.loaded if name in weights}
+    model.load_state_dict(_sharded_as(here, loaded), strict=False)
     return report
+
+
+def _sharded_as(here: Mapping[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """Of the weights what this rank's part of the model takes, where it is in parts."""
+    if "torch.distributed.tensor" not in sys.modules:  # slow to import, and then nothing is
+        return weights
+    from loopkit.parallel.repoint import like
+
+    return {name: like(weight, here[name]) for name, weight in weights.items()}
 
 
 def _compare(here: Mapping[str, Any], weights: Mapping[str, Any]) -> WeightsReport:

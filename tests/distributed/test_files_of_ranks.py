@@ -15,6 +15,7 @@ from loopkit.checkpoint.disk import Disk
 from loopkit.checkpoint.folder import contents
 from loopkit.checkpoint.manifest import MANIFEST, File, Manifest
 from loopkit.checkpoint.restore import restore_one
+from loopkit.testing import assert_bitwise_equal
 from test_parity import STRATEGIES, classifier, fresh, whole
 from torch import nn
 
@@ -409,6 +410,30 @@ def test_export_puts_the_weights_of_all_ranks_together(tmp_path, strategy):
         lk.load_weights(model, path)
         assert all(torch.equal(model.state_dict()[name], averages[name]) for name in averages)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def loaded_in_parts(path, strategy):
+    """Into a model that is sharded by then; what its forward makes of them, and what it refuses."""
+    step, state = stepped(strategy), fresh(seed=6)
+    step(state, data()[0])
+    report = lk.load_weights(state.model, path)
+    with lk.inference(state) as model:
+        out = model(data()[0][0])
+    torch.save({"first.weight": torch.ones(1)}, f"{path}.pt")
+    with pytest.raises(lk.CheckpointError, match="no safetensors file"):
+        lk.load_weights(state.model, f"{path}.pt")
+    return str(report), whole(state.model.state_dict()), out
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero1", "ddp"])
+def test_weights_are_loaded_into_a_model_whatever_it_is_sharded_by(tmp_path, strategy):
+    """Each rank takes its part of the file, and the next forward sees them."""
+    model = fresh(seed=5).model
+    path = lk.export(lk.TrainState(model), tmp_path / "model.safetensors")
+    for report, weights, out in POOL.run(2, loaded_in_parts, str(path), strategy):
+        assert report == f"{len(weights)} loaded"
+        assert_bitwise_equal(weights, model.state_dict())
+        assert torch.equal(out, model.eval()(data()[0][0]))
 
 
 def saved_at_once(folder):
