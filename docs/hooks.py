@@ -27,7 +27,7 @@ PARTS = {
     "steps": ("Steps and states", ["state", "step", "compose", "window", "types"]),
     "running": (
         "Running and evaluating",
-        ["run", "evaluate", "predict", "collect", "every", "stop", "updates"],
+        ["run", "evaluate", "predict", "collect", "modes", "every", "stop", "updates"],
     ),
     "decorators": ("Decorators", ["decorators", "averages", "graphs", "debug.overflow"]),
     "optim": ("Optimizers and schedules", ["optim"]),

@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import gc
 import os
 import time
 from collections.abc import Iterable
@@ -62,3 +63,4 @@ def _leave() -> None:
         # that needs Python's lock for that while Python ends aborts the process, whose code is
         # then that of SIGABRT (seen with torch 2.13; pytorch/pytorch#179291)
         time.sleep(LAST_S)
+        gc.freeze()  # or Python's last collections walk through all of torch, for half a second
