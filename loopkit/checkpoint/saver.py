@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 from loguru import logger
-from torch import Tensor
 
 from loopkit.checkpoint.commit import Store
 from loopkit.checkpoint.folder import Retention, contents
@@ -18,6 +17,7 @@ from loopkit.checkpoint.objects import ObjectLock, ObjectStore
 from loopkit.checkpoint.options import CheckpointOptions
 from loopkit.checkpoint.remote import Place, Remote
 from loopkit.checkpoint.snapshot import Snapshot, take
+from loopkit.checkpoint.tensors import TensorFile
 from loopkit.checkpoint.writer import Writer
 from loopkit.errors import CheckpointError, CheckpointWarning, RankError, UsageError
 from loopkit.parallel.environment import environment
@@ -43,7 +43,7 @@ class Saver:
     failures: int = 0
     _writer: Writer = attrs.field(factory=Writer)
     _lock: Lock | ObjectLock | None = None
-    _buffers: dict[str, Tensor] = attrs.field(factory=dict)
+    _last: dict[str, TensorFile] = attrs.field(factory=dict)
     _told: bool = False
 
     @property
@@ -72,7 +72,7 @@ class Saver:
         self._writer.join()
         self._writer.error()  # which the first rank has told of
         kinds = {"allow_nonfinite": self.options.allow_nonfinite, "frozen": self.options.frozen}
-        return take(state, state.ranks.in_parts(state), scores, self._buffers, **kinds)
+        return take(state, state.ranks.in_parts(state), scores, self._last, **kinds)
 
     def begin(self, state: TrainState) -> str | None:
         """Make the place that all ranks write into; None where that failed."""

@@ -87,7 +87,7 @@ def take(
     state: TrainState,
     state_dict: Mapping[str, Any],
     scores: Mapping[str, float],
-    buffers: dict[str, Tensor],
+    last: dict[str, TensorFile],
     *,
     allow_nonfinite: bool,
     frozen: bool,
@@ -100,7 +100,7 @@ def take(
         state: What is saved.
         state_dict: Its `state_dict()`, with a `Part` for what is spread over ranks.
         scores: What it is saved with.
-        buffers: The memory of the last copy; used again, and kept up to date.
+        last: The files of the copy before, whose memory is used again; kept up to date.
         allow_nonfinite: Take parameters that are not finite, too.
         frozen: Take parameters that do not require gradients, too.
 
@@ -120,7 +120,7 @@ def take(
         tree |= {"pieces": found.index}
         files |= {name_of(ranks.number): found.mine} if found.mine else {}
     tree |= {"frozen": left_out} if left_out else {}
-    tensors = _everywhere(ranks, lambda: _copied(files, buffers))
+    tensors = _everywhere(ranks, lambda: _copied(files, last))
     finite = {} if allow_nonfinite else _parameters(state, tensors)
     if ranks.is_first:
         manifest = _manifest(state, scores, state_dict)
@@ -143,12 +143,12 @@ def _everywhere(ranks: Ranks, action: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def _copied(
-    files: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, Tensor]
+    files: Mapping[str, Mapping[str, Tensor]], last: dict[str, TensorFile]
 ) -> dict[str, TensorFile]:
-    tensors = {name: copy_to_host(found, buffers.get(name)) for name, found in files.items()}
-    buffers.clear()
-    buffers.update({name: file.body for name, file in tensors.items()})
-    return tensors
+    copies = {name: copy_to_host(found, last.get(name)) for name, found in files.items()}
+    last.clear()
+    last.update(copies)
+    return copies
 
 
 def _parameters(state: TrainState, files: Mapping[str, TensorFile]) -> dict[str, Tensor]:

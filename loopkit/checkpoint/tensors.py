@@ -48,6 +48,17 @@ class TensorFile:
     body: Tensor
     tensors: Mapping[str, Tensor]
 
+    def fits(self, tensors: Mapping[str, Tensor], *, pinned: bool) -> bool:
+        """Whether other tensors, of any device, would be laid out in the very same way."""
+        return (
+            self.body.is_pinned() == pinned
+            and self.tensors.keys() == tensors.keys()
+            and all(
+                t.dtype is tensors[n].dtype and t.shape == tensors[n].shape
+                for n, t in self.tensors.items()
+            )
+        )
+
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of the file, in order."""
         yield memoryview(self.header)
@@ -85,37 +96,46 @@ def _header(
 
 def copy_to_host(
     tensors: Mapping[str, Tensor],
-    buffer: Tensor | None = None,
+    into: TensorFile | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> TensorFile:
     """A copy of the tensors as they are now, laid out as in the file.
 
     Args:
         tensors: By name, on any device.
-        buffer: The body of an earlier copy, to be written over: copying into memory that was
-            used before is many times faster than into fresh memory.
+        into: An earlier copy, to be written over where the tensors are like those: copying into
+            memory that was used before is many times faster than into fresh memory.
         metadata: Text that the file carries.
 
     Example:
         >>> copy_to_host({"a": torch.ones(2)}).body.view(torch.float32)
         tensor([1., 1.])
     """
-    places = _places(tensors)
-    size = max((end for _, end in places.values()), default=0)
     pinned = any(tensor.device.type in {"cuda", "xpu"} for tensor in tensors.values())
-    if buffer is None or len(buffer) != size or buffer.is_pinned() != pinned:
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    copies = {
-        name: buffer[begin:end].view(tensors[name].dtype).view(tensors[name].shape)
-        for name, (begin, end) in places.items()
-    }
-    with torch.no_grad():
-        for name, copy in copies.items():
-            copy.copy_(tensors[name], non_blocking=pinned)
+    if into is None or not into.fits(tensors, pinned=pinned):
+        into = _laid_out(tensors, metadata, pinned=pinned)
+    if tensors:
+        with torch.no_grad():
+            sources = [tensors[name] for name in into.tensors]
+            torch._foreach_copy_([*into.tensors.values()], sources, non_blocking=pinned)
     for device in {tensor.device for tensor in tensors.values()} if pinned else ():
         if device.type != "cpu":
             torch.accelerator.current_stream(device).synchronize()
-    return TensorFile(_header(tensors, places, metadata), buffer, copies)
+    return into
+
+
+def _laid_out(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, *, pinned: bool
+) -> TensorFile:
+    """Memory for a copy of the tensors."""
+    places = _places(tensors)
+    size = max((end for _, end in places.values()), default=0)
+    body = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    copies = {
+        name: body[begin:end].view(tensors[name].dtype).view(tensors[name].shape)
+        for name, (begin, end) in places.items()
+    }
+    return TensorFile(_header(tensors, places, metadata), body, copies)
 
 
 def parse(data: bytearray) -> dict[str, Tensor]:

@@ -258,6 +258,22 @@ def test_the_memory_of_the_copy_is_used_again(tmp_path):
     with lk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state)
         checkpoints.wait()
-        first = {name: body.data_ptr() for name, body in checkpoints._saver._buffers.items()}
+        first = {name: f.body.data_ptr() for name, f in checkpoints._saver._last.items()}
         checkpoints.save(state)
-        assert {n: b.data_ptr() for n, b in checkpoints._saver._buffers.items()} == first
+        assert {n: f.body.data_ptr() for n, f in checkpoints._saver._last.items()} == first
+
+
+def test_memory_is_used_again_only_for_tensors_of_the_same_kind(tmp_path):
+    """What grows, or gets another type or name, is laid out anew; each save is what it was."""
+    forms = [torch.ones(3), torch.ones(3).double(), torch.ones(6).half(), torch.ones(3), None]
+    with lk.Checkpointer(tmp_path, keep_last=None) as checkpoints:
+        for number, form in enumerate(forms, 1):
+            extras = {} if form is None else {"kept": number * form, "more": form.bool()}
+            state = train(make_state(**extras), number)
+            checkpoints.save(state)
+    for number, (checkpoint, form) in enumerate(zip(checkpoints.list(), forms, strict=True), 1):
+        extras = {} if form is None else {"kept": number * form, "more": form.bool()}
+        expected = train(make_state(**extras), number)
+        found = make_state(**{name: torch.zeros_like(value) for name, value in extras.items()})
+        checkpoints.restore(found, checkpoint)
+        assert digest_of(found) == digest_of(expected)
