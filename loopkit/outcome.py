@@ -29,7 +29,6 @@ class Outcome:
         samples: Samples in the micro-batches.
         missing: Micro-batches that are lacking, over all ranks, to as many on each.
         divide_by: What the gradients are still to be divided by, where ranks have agreed on it.
-        nothing: Whether the weights of all ranks are zero, where they have summed them up.
     """
 
     length: int | None = 1
@@ -37,7 +36,6 @@ class Outcome:
     samples: int = 0
     missing: int = 0
     divide_by: Weight | None = None
-    nothing: Tensor | None = None
 
     def total_weight(self) -> Weight | None:
         """The number of things of the whole window; None where no weights were given.

@@ -44,6 +44,13 @@ def _work(pipe, rank, paths):
         pipe.send(answer)
 
 
+def _answer_of(pipe):
+    try:
+        return pipe.recv() if pipe.poll(LIMIT_S) else (False, "still running at the time limit")
+    except EOFError:
+        return False, "its process died: see the captured stderr"
+
+
 class Pool:
     """Up to four ranks."""
 
@@ -56,10 +63,7 @@ class Pool:
         port = free_port()
         for _, pipe in self.workers[:world]:
             pipe.send((world, port, function, arguments))
-        answers = [
-            pipe.recv() if pipe.poll(LIMIT_S) else (False, "still running at the time limit")
-            for _, pipe in self.workers[:world]
-        ]
+        answers = [_answer_of(pipe) for _, pipe in self.workers[:world]]
         if failed := [(rank, what) for rank, (fine, what) in enumerate(answers) if not fine]:
             self.stop()
             raise AssertionError("\n".join(f"rank {rank}:\n{what}" for rank, what in failed))

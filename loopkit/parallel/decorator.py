@@ -20,7 +20,7 @@ from loopkit.parallel.group import TIMEOUT_S, join
 from loopkit.parallel.group_ranks import GroupRanks
 from loopkit.parallel.zero import UpdateOwnPart
 from loopkit.rng import seed_apart
-from loopkit.state import SKIP, TrainState
+from loopkit.state import TrainState
 from loopkit.types import Around, Forward, Output, Transform, Verdict
 
 
@@ -143,7 +143,8 @@ class ShareWeights:
             weight = outcome.total_weight()
             if weight is not None:
                 total = ranks.sum(_on_device(weight, state.device))
-                outcome.nothing = total == 0
+                # Which has all ranks vote, also those that have nothing, and would find no fault
+                state.skip_if(total == 0)
                 outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
             elif outcome.missing:
                 taken = len(outcome.parts) * ranks.size
@@ -166,13 +167,8 @@ class AgreeVotes:
 
     def __call__(self, state: TrainState) -> Tensor | None:
         """The largest vote on any rank."""
-        verdict, nothing = self.inner(state), state.outcome.nothing
-        if verdict is not None:
-            verdict = state.ranks.largest(verdict)
-        if nothing is None:
-            return verdict
-        skip = nothing.float() * SKIP  # of which all ranks know already
-        return skip if verdict is None else torch.maximum(verdict, skip.to(verdict))
+        verdict = self.inner(state)
+        return verdict if verdict is None else state.ranks.largest(verdict)
 
 
 def distributed(

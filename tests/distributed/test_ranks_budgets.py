@@ -24,7 +24,7 @@ STEPS = {
     "skip": (classifier, (lambda: lk.with_nonfinite("skip"),)),
 }
 # What an update asks of the other ranks beside the gradients
-ASKED = {"plain": 0, "weights": 1, "skip": 1}
+ASKED = {"plain": 0, "weights": 2, "skip": 1}
 
 
 def stepped(strategy, window, case="plain"):
@@ -80,7 +80,10 @@ def asked(strategy, case, window):
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_update_asks_the_other_ranks_for_no_more_than_it_needs(strategy, window):
-    """One small sum for weights, one vote where something may be skipped, and else nothing."""
+    """A small sum for weights, a vote where something may be skipped, and else nothing.
+
+    Of nothing to learn from, which weights can say, a step skips its update.
+    """
     plain = POOL.run(2, asked, strategy, "plain", window)
     assert plain[0]
     for case, more in ASKED.items():

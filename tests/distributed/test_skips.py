@@ -6,7 +6,9 @@ import loopkit as lk
 import pytest
 import torch
 from loopkit.testing import assert_bitwise_equal, train_by_hand
-from test_parity import close, whole
+from test_parity import batches as labelled
+from test_parity import close, token_classifier, whole
+from test_parity import fresh as plain_state
 from torch import nn
 
 from pool import POOL
@@ -113,3 +115,25 @@ def test_a_nan_on_one_rank_is_an_error_on_all(strategy, record_property):
         assert applied == [True, True]
         assert 'with_nonfinite("raise") at update 3' in error
         close(weights, state.model.state_dict())
+
+
+def empty_here_and_there(strategy, policy, data):
+    step = lk.compose(lk.with_nonfinite(policy), lk.distributed(strategy))(token_classifier)
+    state = plain_state()
+    applied = [bool(state.applied) for state in lk.run(step, state, data, max_epochs=1)]
+    return applied, whole(state.model.state_dict())
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1"])
+def test_a_rank_without_a_token_votes_with_the_others(strategy, policy):
+    """It finds no fault, but all have to vote; an update is skipped where none has a token."""
+    data = labelled(8, holes=True)
+    for _, labels in data[4:6]:
+        labels[:] = -100
+    (applied, weights), (also, others) = POOL.run(2, empty_here_and_there, strategy, policy, data)
+    assert applied == also == [True, True, False, True]
+    assert_bitwise_equal(weights, others)
+    state = plain_state()
+    train_by_hand(token_classifier, state, [*data[:4], *data[6:]], accumulate=2)
+    close(weights, state.model.state_dict())
