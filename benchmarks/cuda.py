@@ -214,6 +214,13 @@ def pairs(
     return found
 
 
+def compared(found: list[tuple[float, float]]) -> str:
+    """The time by hand, and our ratio with its quartiles, as cells of a row."""
+    low, ratio, high = quartiles([ours / hand for hand, ours in found])
+    hand_us = 1e6 * statistics.median(hand for hand, _ in found)
+    return f"{hand_us:,.0f} | {ratio:.3f} | {low:.3f} to {high:.3f}"
+
+
 def apart(first: nn.Module, second: nn.Module) -> str:
     """The largest difference of weights over the largest weight."""
     both = zip(first.parameters(), second.parameters(), strict=True)
@@ -292,10 +299,8 @@ def tiny(setting: Setting) -> list[str]:
         seconds(setting, ours, 12), seconds(setting, hand, 12)
         differ = apart(hand_model, our_model)
         found = pairs(setting, hand, ours, 40)
-        low, ratio, high = quartiles([o / h for h, o in found])
-        hand_us = 1e6 * statistics.median(h for h, _ in found)
         rows.append(
-            f"| `mode={mode!r}` | {hand_us:,.0f} | {ratio:.3f} | {low:.3f} to {high:.3f}"
+            f"| `mode={mode!r}` | {compared(found)}"
             f" | {'<= 0.2' if mode else ''} | {skips.get('cudagraph_skips', 0)} | {differ} |"
         )
         print(rows[-1], flush=True)
@@ -399,13 +404,8 @@ def overhead(setting: Setting) -> list[str]:
         seconds(setting, hand, 20), seconds(setting, ours, 20)
         found = pairs(setting, hand, ours, 20, waits=False)
         differ = apart(hand_model, our_model)
-        low, ratio, high = quartiles([o / h for h, o in found])
-        hand_us = 1e6 * statistics.median(h for h, _ in found)
         extra_us = 1e6 * statistics.median(o - h for h, o in found)
-        rows.append(
-            f"| {name} | {hand_us:,.0f} | {ratio:.3f} | {low:.3f} to {high:.3f}"
-            f" | {extra_us:+.1f} | {differ} |"
-        )
+        rows.append(f"| {name} | {compared(found)} | {extra_us:+.1f} | {differ} |")
         print(rows[-1], flush=True)
     said = (
         "Time of the host, which gives work to the device and does not wait for it: a tiny MLP on"

@@ -13,6 +13,7 @@ from loopkit.errors import CompositionError
 from loopkit.functional import Form, Group, functional_form
 from loopkit.graphs import Program, allow_backward
 from loopkit.nested import batch_size
+from loopkit.outcome import on_device
 from loopkit.output import read_output, shared
 from loopkit.places import apply_update, check_count
 from loopkit.state import TrainState
@@ -176,9 +177,9 @@ class Known:
 def _known(state: TrainState) -> Any:
     outcome = state.outcome
     divisor = outcome.divisor()
-    if divisor is not None and not isinstance(divisor, Tensor):  # filled there: a copy would wait
+    if divisor is not None and not isinstance(divisor, Tensor):
         wide = torch.get_default_dtype() if isinstance(divisor, float) else torch.int64
-        divisor = torch.full((), divisor, dtype=wide, device=state.device)
+        divisor = on_device(divisor, wide, state.device)
     return Known(outcome.mean(), divisor, outcome.is_empty())
 
 

@@ -92,14 +92,21 @@ def _mean(values: list[tuple[Scalar, Weight | None]]) -> Tensor:
     stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))  # of counts, of bf16
     if values[0][1] is None:
         return stacked.mean()
-    weights = torch.stack([_like(stacked, weight) for _, weight in values])
+    kind, device = stacked.dtype, stacked.device
+    weights = torch.stack([on_device(weight, kind, device) for _, weight in values])
     return torch.where(weights > 0, stacked * weights, 0).sum() / weights.sum()
 
 
-def _like(tensor: Tensor, weight: Weight | None) -> Tensor:
+def on_device(weight: Weight | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight as a tensor there; a number is filled in, as to copy it would wait for the device.
+
+    Example:
+        >>> on_device(3, torch.float64, torch.device("cpu"))
+        tensor(3., dtype=torch.float64)
+    """
     if isinstance(weight, Tensor):
-        return weight.to(tensor)
-    return torch.full((), weight or 0, dtype=tensor.dtype, device=tensor.device)
+        return weight.to(device, dtype)
+    return torch.full((), weight or 0, dtype=dtype, device=device)
 
 
 def _tensors(values: list[tuple[Scalar, Weight | None]]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from loopkit.compose import Decorator, compose, own, wrap
 from loopkit.data.order import UNEVEN
 from loopkit.data.shard import STREAMS
 from loopkit.errors import UsageError
+from loopkit.outcome import on_device
 from loopkit.parallel.ddp import DDP
 from loopkit.parallel.fsdp import FSDP
 from loopkit.parallel.group import TIMEOUT_S, join
@@ -142,7 +143,7 @@ class ShareWeights:
         if ranks.size > 1:
             weight = outcome.total_weight()
             if weight is not None:
-                total = ranks.sum(_on_device(weight, state.device))
+                total = ranks.sum(on_device(weight, torch.float64, state.device).clone())
                 # Which has all ranks vote, also those that have nothing, and would find no fault
                 state.skip_if(total == 0)
                 outcome.divide_by = torch.where(total > 0, total / ranks.size, 1)
@@ -151,12 +152,6 @@ class ShareWeights:
                 share = (taken - outcome.missing) / taken
                 outcome.divide_by = share if outcome.length else share * len(outcome.parts)
         self.inner(state)
-
-
-def _on_device(weight: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight.to(device, torch.float64, copy=True)
-    return torch.full((), weight, dtype=torch.float64, device=device)  # a copy there would wait
 
 
 @attrs.frozen

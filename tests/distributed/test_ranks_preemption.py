@@ -165,18 +165,23 @@ def end_by_a_signal_to_one(folder):
     return [first.returncode, second.returncode], steps, seconds, output + others
 
 
-@pytest.mark.timeout(200 + 60 * TIMES)
-def test_both_processes_end_with_the_code_of_the_signal(tmp_path, record_property):
-    """SIGTERM to the process of rank 1: both processes exit with 143, with one step saved."""
+def ends(end, folder, record_property):
+    """What each of some ends has come to, and the step on disk; the longest time is recorded."""
     longest = 0.0
     for number in range(TIMES):
-        folder = tmp_path / str(number)
-        codes, steps, seconds, words = end_by_a_signal_to_one(folder)
-        assert codes == [143, 143], words
-        assert steps == [[str(lk.Checkpointer(folder).latest.step)]] * 2, words
+        codes, steps, seconds, words = end(folder / str(number))
+        yield codes, steps, str(lk.Checkpointer(folder / str(number)).latest.step), words
         assert seconds < MOST_S * SLOW
         longest = max(longest, seconds)
     record_property("seconds", f"{longest:.1f}")
+
+
+@pytest.mark.timeout(200 + 60 * TIMES)
+def test_both_processes_end_with_the_code_of_the_signal(tmp_path, record_property):
+    """SIGTERM to the process of rank 1: both processes exit with 143, with one step saved."""
+    for codes, steps, saved, words in ends(end_by_a_signal_to_one, tmp_path, record_property):
+        assert codes == [143, 143], words
+        assert steps == [[saved]] * 2, words
     record_property("outcome", f"{TIMES} times both ended with 143, saved at one step")
 
 
@@ -209,13 +214,7 @@ def end_by_a_signal_to_the_agent(folder):
 @pytest.mark.timeout(200 + 60 * TIMES)
 def test_a_signal_to_the_agent_reaches_all_ranks(tmp_path, record_property):
     """Torchrun hands SIGTERM on to its ranks, which save one step within the time it gives them."""
-    longest = 0.0
-    for number in range(TIMES):
-        folder = tmp_path / str(number)
-        code, steps, seconds, words = end_by_a_signal_to_the_agent(folder)
-        assert steps == [str(lk.Checkpointer(folder).latest.step)] * 2, words[-3000:]
+    for code, steps, saved, words in ends(end_by_a_signal_to_the_agent, tmp_path, record_property):
+        assert steps == [saved] * 2, words[-3000:]
         assert code != 0
-        assert seconds < MOST_S * SLOW
-        longest = max(longest, seconds)
-    record_property("seconds", f"{longest:.1f}")
     record_property("outcome", f"{TIMES} times torchrun and its ranks ended, saved at one step")

@@ -13,13 +13,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import loopkit as lk
 import torch
+from loopkit.parallel.launch import free_port
 
 from trainings import STEPS, digest_of, make_batches, make_state
 
@@ -79,9 +79,7 @@ def lives(function, ranks):
     """A process for each rank, that finds what a launcher would tell it."""
     if ranks == 1:
         return [in_child(function)]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
 
     def as_rank(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

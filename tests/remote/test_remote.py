@@ -14,6 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from loopkit.checkpoint.manifest import MANIFEST
 from loopkit.checkpoint.remote import Remote, place_of
+from loopkit.parallel.launch import free_port
 
 from forked import STARTER
 from trainings import digest_of, make_state, train
@@ -45,12 +46,6 @@ def server():
     finally:
         running.kill()
         running.wait()
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def until_it_listens(port, running):
